@@ -66,9 +66,8 @@ class LanguageScore:
         return (f"LanguageScore(bits_per_byte={self.bits_per_byte:.4f}, perplexity={self.perplexity:.2f}, "
                 f"loss={self.loss:.4f}, tokens={self.tokens}, bytes={self.bytes}, documents={len(self.token_nats)})")
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #543ca3fb
+# %% ../../nbs/4_evaluation/01_language.ipynb #bf4f90f6
 def _as_documents(text: str | Sequence[str]) -> tuple[list[str], tuple[int, ...]]:
-    """A list of documents, none of them empty, and the UTF-8 bytes of each."""
     documents = [text] if isinstance(text, str) else list(text)
     if not documents or not all(documents):
         which = f"document {documents.index('')} of {len(documents)} is empty" if documents else "the list is empty"
@@ -176,7 +175,7 @@ def score_text(
             nats = [torch.cat([torch.tensor([equal], dtype=torch.float64), row]) for row in nats]
     return LanguageScore(tuple(nats), sizes)
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #c0977299
+# %% ../../nbs/4_evaluation/01_language.ipynb #c45d230b
 def confidence_interval(
     score: LanguageScore,  # of two documents at least
     baseline: LanguageScore | None = None,  # another model's score on the same documents, to be subtracted
@@ -187,15 +186,15 @@ def confidence_interval(
 
     With a baseline, of the difference score - baseline; when it does not hold zero, the difference is more than luck.
     Raises `ValueError` for fewer than two documents, or a baseline of others."""
-    nats, sizes = score.document_nats, np.array(score.document_bytes)
+    rows = len(score.document_bytes)
     if baseline is not None and baseline.document_bytes != score.document_bytes:
         raise ValueError(f"the scores are of different documents ({score.bytes} and {baseline.bytes} bytes); "
                          "score both models on the same list")
-    if (rows := len(nats)) < 2:
+    if rows < 2:
         raise ValueError(f"{rows} document cannot be resampled; score a list of at least 2 documents")
-    nats = nats if baseline is None else nats - baseline.document_nats
+    nats = score.document_nats - (0 if baseline is None else baseline.document_nats)
     draws = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=1000)  # how often each is drawn
-    low, high = np.quantile(draws @ nats / (draws @ sizes), [(1 - level) / 2, (1 + level) / 2]) / math.log(2)
+    low, high = np.quantile(draws @ nats / (draws @ score.document_bytes), [(1 - level) / 2, (1 + level) / 2]) / math.log(2)
     return float(low), float(high)
 
 # %% ../../nbs/4_evaluation/01_language.ipynb #85f1c49e
