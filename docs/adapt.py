@@ -13,6 +13,7 @@ from reference import Module, assigned, read_module, render
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#:]+)\)")
 HIDDEN_OUTPUTS = {"application/javascript", "application/vnd.jupyter.widget-view+json"}
 
 
@@ -54,6 +55,7 @@ def adapt(path: Path, name: str) -> Page:
         if "default_exp" in directives:
             module = find_module(directives["default_exp"])
         if cell.cell_type == "markdown":
+            cell.source = LINK.sub(lambda link: repository_link(link, path.parent), cell.source)
             heading = ([heading] + re.findall(r"^#+\s+(.+)$", cell.source, flags=re.MULTILINE))[-1]
         if {"hide", "default_exp"} & directives.keys() or directives.get("include") == "false":
             continue
@@ -71,6 +73,16 @@ def adapt(path: Path, name: str) -> Page:
     notebook.cells = cells
     notebook.metadata = NotebookNode(language_info={"name": "python", "pygments_lexer": "ipython3"})
     return Page(name, notebook, module)
+
+
+def repository_link(link: re.Match, folder: Path) -> str:
+    """Point a link to a file that is no page, such as a licence, to the repository, once that has an address."""
+    for file in ((folder / link[2]).resolve(), (ROOT / link[2]).resolve()):
+        if file.exists() and file.is_relative_to(ROOT) and file.suffix not in (".ipynb", ".svg", ".png"):
+            kind, address = "tree" if file.is_dir() else "blob", settings()["git_url"].rstrip("/")
+            place = f"{address}/{kind}/{settings()['branch']}/{file.relative_to(ROOT).as_posix()}"
+            return f"[{link[1]}]({place})" if address else link[1]
+    return link[0]
 
 
 def take_directives(cell: NotebookNode) -> dict[str, str]:

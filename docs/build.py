@@ -41,7 +41,7 @@ def run_sphinx(folder: Path, total: int) -> tuple[Path, str]:
         app.connect("doctree-read", lambda app, _: print(f"[{next(count):>2}/{total}] {app.env.docname}", flush=True))
         app.build(force_all=True)
     text = re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).replace(f"{source}{os.sep}", "nbs/").strip()
-    return site, re.sub(r"(?<=\.ipynb:)(\d+)(\d{4}):", lambda at: f" cell {int(at[1])}, line {int(at[2])}:", text)
+    return site, re.sub(r"(?<=\.ipynb:)(\d+)(\d{4}):", lambda at: f" cell {int(at[1])}, line {int(at[2]) - 1}:", text)
 
 
 def place(site: Path, out: Path) -> None:
