@@ -5,7 +5,6 @@ import io
 import tokenize
 from dataclasses import dataclass, field
 from functools import cache
-from inspect import cleandoc
 from pathlib import Path
 
 SHOWN_DUNDERS = {"__call__", "__getitem__", "__iter__", "__len__", "__contains__", "__next__"}
@@ -84,6 +83,27 @@ def _comment(comments: dict[int, tuple[str, bool]], node: ast.AST) -> str:
     return " ".join(above)
 
 
+def _docstring(node: ast.AST) -> str:
+    """A docstring without the indentation of its body; what is indented further, such as a drawing, stays so."""
+    indent = " " * node.body[0].col_offset
+    lines = (ast.get_docstring(node, clean=False) or "").strip().split("\n")
+    return "\n".join(line.removeprefix(indent).rstrip() for line in lines)
+
+
+def _text(node: ast.AST) -> str:
+    """Source text of a type or a default, as it stands in the lesson: with double quotes."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return f'"{node.value}"' if node.value.isprintable() and '"' not in node.value else repr(node.value)
+    text = ast.unparse(node)
+    return text if '"' in text else text.replace("'", '"')
+
+
+def _type(node: ast.AST | None) -> str:
+    """Source text of an annotation; a forward reference loses its quotes."""
+    quoted = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return node.value if quoted else _text(node) if node else ""
+
+
 def assigned(node: ast.AST) -> str | None:
     """The name that an assignment gives a value to."""
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
@@ -91,18 +111,18 @@ def assigned(node: ast.AST) -> str | None:
 
 
 def _constant(node: ast.Assign | ast.AnnAssign, name: str, comments: dict) -> Entry:
-    value = ast.unparse(node.value) if node.value else ""
-    options = [f":type: {ast.unparse(node.annotation)}"] if isinstance(node, ast.AnnAssign) else []
+    value = _text(node.value) if node.value else ""
+    options = [f":type: {_type(node.annotation)}"] if isinstance(node, ast.AnnAssign) else []
     options += [f":value: {value}"] if 0 < len(value) <= 90 else []
     return Entry("data", name, (node.lineno, node.end_lineno), options, _comment(comments, node))
 
 
 def _class(node: ast.ClassDef, comments: dict) -> Entry:
-    entry = Entry("class", node.name, _lines(node), doc=cleandoc(ast.get_docstring(node) or ""))
+    entry = Entry("class", node.name, _lines(node), doc=_docstring(node))
     fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-              and not item.target.id.startswith("_") and "ClassVar" not in ast.unparse(item.annotation)]
-    entry.parameters = [Parameter(item.target.id, ast.unparse(item.annotation),
-                                  ast.unparse(item.value) if item.value else "", _comment(comments, item))
+              and not item.target.id.startswith("_") and "ClassVar" not in _text(item.annotation)]
+    entry.parameters = [Parameter(item.target.id, _type(item.annotation),
+                                  _text(item.value) if item.value else "", _comment(comments, item))
                         for item in fields]
     for item in node.body:
         if not isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -117,14 +137,14 @@ def _class(node: ast.ClassDef, comments: dict) -> Entry:
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, comments: dict, kind: str) -> Entry:
-    entry = Entry(kind, node.name, _lines(node), doc=cleandoc(ast.get_docstring(node) or ""))
-    decorators = {ast.unparse(item).split(".")[-1] for item in node.decorator_list}
+    entry = Entry(kind, node.name, _lines(node), doc=_docstring(node))
+    decorators = {_text(item).split(".")[-1] for item in node.decorator_list}
     entry.options += [f":{name}:" for name in ("classmethod", "staticmethod") if name in decorators]
     entry.parameters = _parameters(node.args, comments)
     if kind == "method" and "staticmethod" not in decorators:
         entry.parameters = entry.parameters[1:]
-    if node.returns and ast.unparse(node.returns) != "None":
-        entry.returns = Parameter("returns", ast.unparse(node.returns), text=_comment(comments, node.returns))
+    if node.returns and _text(node.returns) != "None":
+        entry.returns = Parameter("returns", _type(node.returns), text=_comment(comments, node.returns))
     if {"property", "cached_property"} & decorators:
         entry.kind = "property"
     else:
@@ -146,8 +166,8 @@ def _parameters(arguments: ast.arguments, comments: dict) -> list[Parameter]:
     found = []
     for stars, item, default in rows:
         last = default or item  # the comment stands after the default
-        found.append(Parameter(stars + item.arg, ast.unparse(item.annotation) if item.annotation else "",
-                               ast.unparse(default) if default else "",
+        found.append(Parameter(stars + item.arg, _type(item.annotation),
+                               _text(default) if default else "",
                                _comment(comments, last) or _comment(comments, item)))
     if arguments.kwonlyargs and not arguments.vararg:
         found.insert(len(positional), Parameter("*"))

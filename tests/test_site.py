@@ -306,7 +306,8 @@ def test_names_in_backticks_lead_to_the_reference(site: Site, module: str) -> No
 
 
 def test_all_names_are_on_one_page(site: Site) -> None:
-    links = {link["href"].partition("#")[2] for link in site.page("reference").select("table.names td:first-child a.reference")}
+    links = site.page("reference").select("table.names td:first-child a.reference")
+    links = {link["href"].partition("#")[2] for link in links}
     assert links == {f"{module}.{name}" for module, (_, names) in EXPORTED.items() for name in names}
 
 
@@ -331,7 +332,10 @@ class Shape:
     height: int = 9
     kind: ClassVar[str] = "box"
 class Model(Base):
-    """A model."""
+    """A model.
+
+        input ── output
+    """
     def __init__(self,
         shape: Shape,  # how large
     ):
@@ -369,10 +373,11 @@ def test_reads_a_module_without_importing_it(tmp_path: Path) -> None:
     assert [(item.kind, item.name) for item in model.members] == [
         ("method", "load"), ("property", "size"), ("method", "__len__")]
     assert model.members[0].signature == "(folder)" and model.members[0].returns.text == "the model, read"
-    assert scale.signature == "(x, *factors, round_up='#' == '#', **others)"
+    assert model.members[0].returns.type == "Model" and model.doc == "A model.\n\n    input ── output"
+    assert scale.signature == '(x, *factors, round_up="#" == "#", **others)'
     assert [item.text for item in scale.parameters] == [
         'what to scale; "a # b"', "by these", "whether to round", "passed on"]
-    assert scale.returns.type == "Float[Tensor, 'batch time']" and scale.returns.text == "scaled"
+    assert scale.returns.type == 'Float[Tensor, "batch time"]' and scale.returns.text == "scaled"
 
 
 # Cells
