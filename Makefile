@@ -7,7 +7,7 @@ PYTHON ?=
 JOBS ?= 2
 root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help setup lab test docs demo lesson readme hooks clean
+.PHONY: help setup lab test docs demo export lesson readme hooks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,15 @@ test: setup ## run every test: package, lessons, site
 
 docs: setup ## build the site into _docs
 	.venv/bin/python docs/build.py
+
+demo: setup ## the first lesson without Jupyter: train a model on built-in text, measure it, let it write
+	rm -rf runs/demo
+	.venv/bin/bigmodel train --out runs/demo --minutes 1
+	.venv/bin/bigmodel evaluate runs/demo
+	.venv/bin/bigmodel generate runs/demo --prompt "The "
+
+export: setup ## write the package from the notebooks
+	.venv/bin/nbdev_export
 
 lesson: setup ## export, run and save one lesson: make lesson NB=nbs/2_models/02_gpt.ipynb
 	.venv/bin/python tools/lesson.py "$(NB)"

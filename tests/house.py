@@ -31,7 +31,8 @@ MAY_IMPORT = {  # part of the package -> the parts that it may import, besides i
 DISTRIBUTION = {  # import name -> the requirement that brings it, where the names differ
     "sklearn": "scikit-learn", "skimage": "scikit-image", "cv2": "opencv-python", "PIL": "pillow", "yaml": "pyyaml",
     "IPython": "jupyterlab", "matplotlib_inline": "jupyterlab", "nbformat": "jupyterlab",
-    "huggingface_hub": "transformers", "execnb": "nbdev", "fastcore": "nbdev",
+    "nbclient": "jupyterlab", "huggingface_hub": "transformers", "execnb": "nbdev", "fastcore": "nbdev",
+    "docutils": "sphinx", "pygments": "sphinx",
 }
 CARD = ("Built before", "You will build", "Opens the way to", "Time on two cores", "Data")
 
@@ -265,7 +266,7 @@ def too_large(root: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
         if len(lines) > MAX_LINES:
             found.append(f"{called(path, root)}: {len(lines)} lines; at most {MAX_LINES}")
-        first = next((number for number, line in enumerate(lines) if line.startswith("# %% ../")), 0)  # nbdev's own head
+        first = next((number for number, line in enumerate(lines) if line.startswith("# %% ../")), 0)  # after nbdev's
         found += [f"{called(path, root)}:{number + 1}: {len(line)} characters; at most {MAX_WIDTH}"
                   for number, line in enumerate(lines) if number >= first and len(line) > MAX_WIDTH]
     return found
@@ -326,7 +327,7 @@ def slow_import(root: Path, limit: float = 0.1) -> list[str]:
 # --- requirements, links, text
 
 def unmet_imports(root: Path) -> list[str]:
-    """What a module imports at its top is required; what modules and lessons import otherwise is in an extra."""
+    """What a module imports at its top is required; whatever else is imported anywhere is in an extra."""
     groups = {key: {re.match(r"[\w.-]+", word)[0].lower() for word in value.split()}
               for key, value in settings_of(root).items() if key.endswith("requirements")}
     required, every = groups["requirements"], set().union(*groups.values())
@@ -334,10 +335,12 @@ def unmet_imports(root: Path) -> list[str]:
     for path in modules(root):
         found += [f"{called(path, root)}: imports {name} at its top, which is not among the requirements"
                   for name in _missing(parse_module(path).body, required)]
-    for path in [*modules(root), *notebooks(root)]:
+    scripts = [path for folder in ("benchmarks", "docs", "tests", "tools") for path in (root / folder).rglob("*.py")]
+    for path in [*modules(root), *notebooks(root), *scripts]:
         trees = [parse_module(path)] if path.suffix == ".py" else [parse_cell(cell) for cell in cells(path)]
         nodes = [node for tree in trees for node in ast.walk(tree)]
-        found += [f"{called(path, root)}: imports {name}, which is in no extra" for name in _missing(nodes, every)]
+        found += [f"{called(path, root)}: imports {name}, which is in no extra"
+                  for name in _missing(nodes, every | {script.stem for script in scripts})]
     return found
 
 

@@ -10,19 +10,21 @@ import house
 import pytest
 
 LESSON = [
-    ("markdown", "# A lesson\n\n> One promise.\n\n| | |\n|---|---|\n| Built before | [the map](../index.ipynb#The-map) |\n"
-                 "| You will build | `double` |\n| Opens the way to | all |\n| Time on two cores | 1 s |\n| Data | none |"),
+    ("markdown", "# A lesson\n\n> One promise.\n\n| | |\n|---|---|\n"
+                 "| Built before | [the map](../index.ipynb#The-map) |\n| You will build | `double` |\n"
+                 "| Opens the way to | all |\n| Time on two cores | 1 s |\n| Data | none |"),
     ("code", "#| default_exp data.tiny"),
     ("code", "#| export\nimport math"),
-    ("code", '#| export\ndef double(\n    x: int,  # any number\n) -> int:\n    """Double x."""\n    return math.floor(2 * x)'),
+    ("code", '#| export\ndef double(\n    x: int,  # any number\n) -> int:\n    """Double x."""\n'
+             "    return math.floor(2 * x)"),
     ("code", "print(double(2))", "4\n"),
     ("markdown", "![steps](../../images/steps.svg)\n\n## Summary\n\n## Exercises\n\n"
                  + "\n\n".join(f"### Exercise {n}: more" for n in (1, 2, 3))),
     *[cell for n in "123" for cell in (
         ("code", f'#| code-fold: true\n@exercise("tiny.{n}", hints=["a", "b"])\ndef _(f): ...'),
         ("code", f'def f(x):\n    ...\n\ncheck("tiny.{n}", f)', f"tiny.{n}: not attempted yet\n", "nbval-check-output"),
-        ("code", f'#| code-fold: true\ncheck("tiny.{n}", double, solution=True)', f"tiny.{n}: passed (worked solution)\n",
-         "nbval-check-output", "solution"))],
+        ("code", f'#| code-fold: true\ncheck("tiny.{n}", double, solution=True)', 
+         f"tiny.{n}: passed (worked solution)\n", "nbval-check-output", "solution"))],
     ("markdown", "## Further reading"),
 ]
 INDEX = [("markdown", "# A course\n\n## The map\n\n[A lesson](1_data/01_tiny.ipynb)"),
@@ -56,7 +58,8 @@ def sound_house(tmp_path_factory):
     (root / "images").mkdir()
     (root / "images/steps.svg").write_text("<svg/>")
     (root / "README.md").write_text(house.readme(root / "nbs/index.ipynb"))
-    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=root, check=True)
+    code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
     return root
 
 
@@ -95,7 +98,8 @@ BREAKS = [  # what is broken, where, what is replaced by what, and what the chec
     (house.broken_exercises, LESSON_FILE, ", solution=True", "", "tiny.1: no worked solution"),
     (house.broken_exercises, LESSON_FILE, "### Exercise 3: more", "More", "3 exercises under 2 titles"),
     (house.broken_exercises, LESSON_FILE, ", hints", ", clues", "tiny.1: the checker has no hints"),
-    (house.broken_exercises, LESSON_FILE, "#| code-fold: true\\n\", \"@", "#\\n\", \"@", "tiny.1: checker and solution are"),
+    (house.broken_exercises, LESSON_FILE, "#| code-fold: true\\n\", \"@", "#\\n\", \"@",
+     "tiny.1: checker and solution are"),
     (house.broken_anatomy, LESSON_FILE, "Time on two cores", "Cost", "lacks 'Time on two cores' in its card"),
     (house.broken_anatomy, LESSON_FILE, "## Further reading", "## More", "lacks a section 'Further reading'"),
     (house.broken_anatomy, LESSON_FILE, "> One promise.", "No promise.", "lacks an opening"),
@@ -111,15 +115,19 @@ BREAKS = [  # what is broken, where, what is replaced by what, and what the chec
     (house.undocumented, MODULE, '"""Double x."""', "", "double has no docstring"),
     (house.undocumented, MODULE, "  # any number", "", "double: x has no comment"),
     (house.undocumented, MODULE, "x: int,  #", "x: int, y: int = '#',  #", "double: y has no comment of its own"),
-    (house.undocumented, MODULE, "import math", 'class A:\n    """An A."""\n    def go(self): ...\n', "A.go has no docstring"),
-    (house.undocumented, MODULE, "import math", '@dataclass\nclass A:\n    """An A."""\n    size: int\n', "A: size has no"),
-    (house.duplicates, "bigmodel/data/other.py", None, "def double(): ...", "double is defined in bigmodel/data/other.py and"),
+    (house.undocumented, MODULE, "import math", 'class A:\n    """An A."""\n    def go(self): ...\n',
+     "A.go has no docstring"),
+    (house.undocumented, MODULE, "import math", '@dataclass\nclass A:\n    """An A."""\n    size: int\n',
+     "A: size has no"),
+    (house.duplicates, "bigmodel/data/other.py", None, "def double(): ...",
+     "double is defined in bigmodel/data/other.py and"),
     (house.slow_import, INIT, "__version__", "import numpy; __version__", "import bigmodel imports numpy"),
     (house.slow_import, INIT, "__version__", "import time; time.sleep(0.15); __version__", "import bigmodel takes 0."),
     (house.unmet_imports, MODULE, "import math", "import pandas", "imports pandas at its top"),
     (house.unmet_imports, MODULE, "import math", "import transformers", "imports transformers at its top"),
     (house.unmet_imports, MODULE, "return", "import pandas; return", "imports pandas, which is in no extra"),
     (house.unmet_imports, LESSON_FILE, "print(double(2))", "import pandas", "imports pandas, which is in no extra"),
+    (house.unmet_imports, "tests/test_new.py", None, "import pandas", "imports pandas, which is in no extra"),
     (house.broken_links, LESSON_FILE, "../index.ipynb#", "../map.ipynb#", "../map.ipynb#The-map leads nowhere"),
     (house.broken_links, LESSON_FILE, "#The-map", "#The-mop", "#The-mop: there is no such heading"),
     (house.broken_links, LESSON_FILE, "steps.svg", "stops.svg", "stops.svg leads nowhere"),
@@ -127,7 +135,8 @@ BREAKS = [  # what is broken, where, what is replaced by what, and what the chec
     (house.broken_links, "MORE.md", None, "[a map](/etc/hostname)", "/etc/hostname leads nowhere"),
     (house.stale_readme, "README.md", "A course", "A horse", "README.md: differs"),
     (house.stale_readme, "nbs/index.ipynb", "A course", "A horse", "README.md: differs"),
-    (house.machine_paths, "README.md", "A course", "A course from /" + "home/ann/course", "holds the path /" + "home/ann"),
+    (house.machine_paths, "README.md", "A course", "A course from /" + "home/ann/course",
+     "holds the path /" + "home/ann"),
     (house.lint, MODULE, "import math", "from math import pi, pi", "F811"),
 ]
 
@@ -152,6 +161,7 @@ def test_a_broken_house_is_reported(check, name, old, new, said, root):
     if isinstance(new, list):
         write_notebook(root / name, new)
     elif old is None:
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(new)
     else:
         edit(root / name, old, new)

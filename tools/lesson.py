@@ -11,7 +11,6 @@ from nbclient import NotebookClient
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
-
 from readme import ROOT, readme
 
 
