@@ -198,7 +198,7 @@ def _render(entry: Entry, depth: int) -> str:
 
 
 def _table(rows: list[Parameter], fence: str) -> str:
-    lines = [f"{fence}{{list-table}}", ":class: parameters", ":header-rows: 1", ":widths: 20 30 50", "",
+    lines = [f"{fence}{{list-table}}", ":class: parameters", ":header-rows: 1", ":widths: auto", "",
              "* - Parameter", "  - Type", "  - Meaning"]
     for row in rows:
         name = "*returns*" if row.name == "returns" else f"`{row.name}`"
