@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -219,7 +219,7 @@ class Pretrained:
         cls,
         source: str | Path,  # a local folder, or a name on the Hugging Face hub
         dtype: torch.dtype = torch.float32,  # of the weights in memory, whatever the file has
-    ) -> Self:  # the model, in evaluation mode
+    ) -> "Pretrained":  # the model, in evaluation mode
         """Load a model from what `save_pretrained` or transformers has written.
 
         Raises `FileNotFoundError` when something is missing, `ValueError` naming what does not fit."""

@@ -8,7 +8,7 @@ __all__ = ['GPT2_SIZES', 'GPT3_SIZES', 'GPTConfig', 'GPT']
 # %% ../../nbs/2_models/02_gpt.ipynb #37cbfc38
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,7 +60,7 @@ class GPTConfig:
         cls,
         size: str = "small",  # one of `GPT2_SIZES`
         **changes: Any,  # fields that shall differ
-    ) -> Self:  # the config
+    ) -> "GPTConfig":  # the config
         """GPT-2 in one of its four sizes. [Radford et al. 2019]"""
         return _preset(cls, GPT2_SIZES, size, {"context_length": 1024, "end_of_text": 50256} | changes)
 
@@ -69,12 +69,12 @@ class GPTConfig:
         cls,
         size: str = "125M",  # one of `GPT3_SIZES`
         **changes: Any,  # fields that shall differ
-    ) -> Self:  # the config
+    ) -> "GPTConfig":  # the config
         """GPT-3 in one of its eight sizes, with dense attention in every layer. [Brown et al. 2020]"""
         return _preset(cls, GPT3_SIZES, size, {"context_length": 2048, "end_of_text": 50256} | changes)
 
     @classmethod
-    def gpt3_175b(cls) -> Self:  # the config
+    def gpt3_175b(cls) -> "GPTConfig":  # the config
         """The largest GPT-3: 96 layers, 174.6 billion parameters. [Brown et al. 2020]"""
         return cls.gpt3("175B")
 
@@ -82,7 +82,7 @@ class GPTConfig:
     def from_huggingface(
         cls,
         settings: Mapping[str, Any],  # the content of a config.json
-    ) -> Self:  # the same in our words
+    ) -> "GPTConfig":  # the same in our words
         """Translate a `GPT2Config`. Raises `ValueError` naming a field that this model cannot represent."""
         return _from_huggingface(cls, settings)
 
