@@ -16,8 +16,17 @@ from torch import Tensor
 
 from ..core import write_aside
 
-# %% ../../nbs/1_data/03_batches.ipynb #06fc5a91
-IGNORED = -100  # a target that no loss counts: the default `ignore_index` of PyTorch's cross-entropy
+# %% ../../nbs/1_data/03_batches.ipynb #c71feda7
+def _count_windows(length: int, context_length: int) -> int:
+    return max(1, length // context_length - 1)
+
+
+def _draw_epoch(length: int, context_length: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the windows of an epoch begin, in the order in which they are used."""
+    random = np.random.default_rng([seed, epoch])
+    windows = _count_windows(length, context_length)
+    offset = random.integers(length - windows * context_length)  # the last target must still fit
+    return offset + random.permutation(windows) * context_length
 
 # %% ../../nbs/1_data/03_batches.ipynb #fdb4798c
 def _as_row(tokens: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
@@ -36,7 +45,7 @@ def _check_sizes(context_length: int, batch_size: int) -> None:
     if context_length < 1 or batch_size < 1:
         raise ValueError(f"context_length is {context_length} and batch_size {batch_size}; expected at least 1 of each")
 
-# %% ../../nbs/1_data/03_batches.ipynb #cf0e8b85
+# %% ../../nbs/1_data/03_batches.ipynb #d61cfb39
 class TokenBatches:
     """Shuffled batches for training, without end; `batches[step]` is a pure function of the seed and the step.
 
@@ -58,18 +67,10 @@ class TokenBatches:
             raise ValueError(f"the text has {len(self.tokens)} tokens, but one window needs {context_length + 1} (a context "
                              f"of {context_length} and one more for the last target); use a longer text or a shorter context")
         self.context_length, self.batch_size, self.seed = context_length, batch_size, seed
-        self.windows = max(1, len(self.tokens) // context_length - 1)  # in one epoch
-        self._epochs = {}  # the latest epochs' orders: kept for speed, never needed for the result
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """How many targets a batch holds."""
-        return self.batch_size * self.context_length
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """How many batches it takes until every window has been used once (rounded up)."""
-        return -(-self.windows // self.batch_size)
+        self.windows = _count_windows(len(self.tokens), context_length)  # in one epoch
+        self.tokens_per_batch = batch_size * context_length  # targets in a batch
+        self.batches_per_epoch = -(-self.windows // batch_size)  # until each window has been used; rounded up
+        self._epochs = {}  # the starts in the latest epochs: kept for speed, never needed for the result
 
     def __getitem__(
         self,
@@ -83,23 +84,26 @@ class TokenBatches:
         rows = self.tokens[starts[:, None] + np.arange(self.context_length + 1)].astype(np.int64)  # (batch, time + 1)
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
-# %% ../../nbs/1_data/03_batches.ipynb #294c04e1
-def _draw_epoch(batches: TokenBatches, epoch: int) -> tuple[int, np.ndarray]:
-    """Draw the offset of an epoch's first window and the order of its windows."""
-    random = np.random.default_rng([batches.seed, epoch])
-    spare = len(batches.tokens) - 1 - batches.windows * batches.context_length
-    return int(random.integers(spare + 1)), random.permutation(batches.windows)
-
-
+# %% ../../nbs/1_data/03_batches.ipynb #9ab077f2
 def _window_start(batches: TokenBatches, place: int) -> int:
-    """Where the window at a place of the endless sequence of windows begins."""
+    """Where the window at a place in the endless sequence of windows begins."""
     epoch, i = divmod(place, batches.windows)
     if epoch not in batches._epochs:
-        batches._epochs = dict([*batches._epochs.items()][-1:] + [(epoch, _draw_epoch(batches, epoch))])
-    offset, order = batches._epochs[epoch]
-    return offset + int(order[i]) * batches.context_length
+        starts = _draw_epoch(len(batches.tokens), batches.context_length, batches.seed, epoch)
+        batches._epochs = dict([*batches._epochs.items()][-1:] + [(epoch, starts)])  # two at most
+    return batches._epochs[epoch][i]
 
-# %% ../../nbs/1_data/03_batches.ipynb #b4a182ad
+# %% ../../nbs/1_data/03_batches.ipynb #6bce5083
+IGNORED = -100  # a target that no loss counts: the default `ignore_index` of PyTorch's cross-entropy
+
+
+def _fill(row: np.ndarray, width: int, value: int) -> Int64[Tensor, "batch time"]:
+    """Break a row into lines of one width, the last one filled up with a value."""
+    lines = np.full((-(-len(row) // width), width), value, np.int64)
+    lines.reshape(-1)[:len(row)] = row
+    return torch.from_numpy(lines)
+
+# %% ../../nbs/1_data/03_batches.ipynb #c9d1d569
 class SequentialBatches:
     """All tokens once and in order, for evaluation: every token but the first is a target exactly once.
 
@@ -126,17 +130,10 @@ class SequentialBatches:
         """Yield `(inputs, targets)`, batch after batch."""
         span = self.context_length * self.batch_size
         for start in range(0, len(self.tokens) - 1, span):
-            row = self.tokens[start:start + span + 1].astype(np.int64)
-            yield _fill(row[:-1], self.context_length, 0), _fill(row[1:], self.context_length, IGNORED)
+            part = self.tokens[start:start + span + 1].astype(np.int64)
+            yield _fill(part[:-1], self.context_length, 0), _fill(part[1:], self.context_length, IGNORED)
 
-
-def _fill(row: np.ndarray, width: int, value: int) -> Int64[Tensor, "batch time"]:
-    """Break a row into lines of one width, the last one filled up with a value."""
-    lines = np.full((-(-len(row) // width), width), value, np.int64)
-    lines.reshape(-1)[:len(row)] = row
-    return torch.from_numpy(lines)
-
-# %% ../../nbs/1_data/03_batches.ipynb #87f93e1b
+# %% ../../nbs/1_data/03_batches.ipynb #a566fb47
 def write_tokens(
     path: str | Path,  # the file to write, usually named `.npy`
     pieces: Iterable[Sequence[int] | np.ndarray | Tensor],  # rows of ids: a generator keeps memory small
@@ -151,7 +148,7 @@ def write_tokens(
         for piece in pieces:
             row = _as_row(piece)
             if row.size and not 0 <= row.min() <= row.max() < vocab_size:
-                raise ValueError(f"token ids from {row.min()} to {row.max()} in piece; expected 0 to {vocab_size - 1}")
+                raise ValueError(f"token ids from {row.min()} to {row.max()}; expected ids from 0 to {vocab_size - 1}")
             file.write(row.astype(dtype).tobytes())
             count += len(row)
         file.seek(0)
@@ -162,16 +159,19 @@ def write_tokens(
 def _header(dtype: np.dtype, count: int) -> dict:
     return {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
 
-# %% ../../nbs/1_data/03_batches.ipynb #8972858d
+# %% ../../nbs/1_data/03_batches.ipynb #a96b5510
 def open_tokens(
     path: str | Path,  # a file by `write_tokens`, or any one-dimensional integer `.npy`
-) -> np.ndarray:  # a memory map: reads from the disk what is asked for, when it is asked for
+) -> np.memmap:  # reads from the disk what is asked for, when it is asked for
     """Open a row of tokens without reading it into memory.
 
     Raises `FileNotFoundError` where there is no file, and `ValueError` where it is not such a file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; make one with write_tokens")
     try:
-        return _as_row(np.load(path, mmap_mode="r"))
-    except (ValueError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} holds no row of tokens ({str(error).splitlines()[0]}); make it with write_tokens") from None
+        tokens = np.load(path, mmap_mode="r")
+        _as_row(tokens)
+        return tokens
+    except (ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds no row of tokens ({reason}); make it with write_tokens") from None
