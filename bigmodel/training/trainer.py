@@ -56,8 +56,8 @@ class TrainerConfig:
         """Updates before the peak."""
         return min(100, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
-# %% ../../nbs/3_training/01_trainer.ipynb #3a6572f1
-LOOKING = ("evaluate_every", "save_every", "log_every", "keep_best")  # these may change when a run is resumed
+# %% ../../nbs/3_training/01_trainer.ipynb #0b7dd3e5
+LOOKING = frozenset({"evaluate_every", "save_every", "log_every", "keep_best"})  # may change when a run is resumed
 
 
 def _rules(config: TrainerConfig) -> list[tuple[str, bool, str]]:
@@ -128,7 +128,7 @@ def make_adamw(
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
     return AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 
-# %% ../../nbs/3_training/01_trainer.ipynb #9cde918a
+# %% ../../nbs/3_training/01_trainer.ipynb #3d66d51b
 def accumulate(
     model: nn.Module,  # receives gradients of the summed loss
     loss: Callable[[nn.Module, Any], tuple],  # gives total and count
@@ -149,18 +149,18 @@ def accumulate(
 
 
 def scale_gradients(
-    parameters: Iterable[nn.Parameter],  # with the gradients of a summed loss
+    model: nn.Module,  # with the gradients of a summed loss
     count: Tensor | int,  # how many losses were summed
     clip_norm: float | None = None,  # the longest mean gradient to let through
 ) -> Float[Tensor, ""]:  # the length of the mean gradient before clipping
     """Turn the gradient of the sum into that of the mean, and shorten it if it is too long. [Pascanu et al. 2013]"""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / count
     scale = 1.0 if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, scale / count)
     return norm
 
-# %% ../../nbs/3_training/01_trainer.ipynb #6688cf1f
+# %% ../../nbs/3_training/01_trainer.ipynb #99c78ad8
 class Stepper:
     """One update of the weights at a time: any model, any loss, on its device, in its precision."""
 
@@ -183,7 +183,7 @@ class Stepper:
         self,
         model: nn.Module,  # whatever the loss asks for
         batch: Any,  # moved to the device
-    ) -> tuple:  # total and count
+    ) -> Any:  # what the loss returns: total and count
         """Compute the loss, with matrix products in the chosen precision. [Micikevicius et al. 2018]"""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.loss(model, to_device(batch, self.device))
@@ -197,9 +197,9 @@ class Stepper:
         fraction = warmup_cosine(state.step, config.steps, config.warmup, config.final_learning_rate)
         for group, peak in zip(optimizer.param_groups, self.peaks):
             group["lr"] = peak * fraction
-        optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         total, count = accumulate(self.model, self.measure, micro_batches)
-        norm = scale_gradients(self.model.parameters(), count, config.clip_norm)
+        norm = scale_gradients(self.model, count, config.clip_norm)
         state.pending.append((state.step + 1, torch.stack([total / count, norm, count])))
         if self.device.type == "cpu":
             settle(state)  # before the weights change; on a GPU, which would have to wait, once per row
@@ -207,7 +207,7 @@ class Stepper:
         state.step += 1
         state.seconds += time.perf_counter() - start
 
-# %% ../../nbs/3_training/01_trainer.ipynb #89886523
+# %% ../../nbs/3_training/01_trainer.ipynb #5d2bca3f
 def micro_batches(
     batches: Any,  # has `batches[n]`
     step: int,  # updates made so far
@@ -218,10 +218,10 @@ def micro_batches(
         try:
             batch = batches[n]
         except IndexError:
-            raise ValueError(f"there is no batch {n}; expected steps x accumulation of them: give more batches") from None
+            raise ValueError(f"there is no batch {n}; expected steps x accumulation of them: give more") from None
         yield batch
 
-# %% ../../nbs/3_training/01_trainer.ipynb #4cc6b29d
+# %% ../../nbs/3_training/01_trainer.ipynb #b3924139
 @dataclass(eq=False)
 class Trainer:
     """Trains any model with any loss, shows how it goes, and keeps the run safe in a folder."""
@@ -257,7 +257,7 @@ class Trainer:
         training = self.model.training
         self.model.train()
         try:
-            with (closing(RunLog(self.folder.path, self.state.history)) as log, Interruption() as stop,
+            with (closing(RunLog(self.folder.path, self.state)) as log, Interruption() as stop,
                   closing(Progress(self.state, self.config.steps, self.show)) as progress):
                 while self.state.step < self.config.steps:
                     self.stepper.update(micro_batches(self.batches, self.state.step, self.config.accumulation))
@@ -271,7 +271,7 @@ class Trainer:
         """Measure the validation loss. Raises `ValueError` when there are no validation batches."""
         return mean_loss(self.model, self.stepper.measure, self.validation or (), self.show)
 
-# %% ../../nbs/3_training/01_trainer.ipynb #1c136aa9
+# %% ../../nbs/3_training/01_trainer.ipynb #49dc10e2
 def _check_parts(trainer: Trainer) -> None:
     if isinstance(trainer.validation, Iterator):
         raise ValueError("validation can be read only once; expected a list, or an object that can be iterated again")
@@ -290,7 +290,7 @@ def _after_step(trainer: Trainer, log: RunLog, stop: Interruption) -> None:
         row = make_row(state, trainer.evaluate() if check else None)
         with one_clear_error(folder):
             log.add(row)
-            if check and config.keep_best and row["validation_loss"] == lowest_validation(state.history):
+            if check and config.keep_best and row["validation_loss"] == lowest_validation(state):
                 save_model(folder.path / "best", trainer.model, trainer.save_extra)
     late = config.save_every is None and time.monotonic() - folder.saved_at > 300  # seconds
     if last or stop.requested or late or state.step % (config.save_every or config.steps) == 0:

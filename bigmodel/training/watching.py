@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_device', 'settle', 'mean_loss', 'make_row', 'lowest_validation', 'RunLog', 'read_log', 'plot_history', 'Progress']
 
-# %% ../../nbs/3_training/03_watching.ipynb #688efa94
+# %% ../../nbs/3_training/03_watching.ipynb #2aefb7d1
 import csv
 import importlib.util
 import math
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..core import COLORS, in_notebook, progress_bar, write_aside
-from .runs import COLUMNS, RunState, random_state, restore_random_state
+from .runs import COLUMNS, RunState, undisturbed
 
 # %% ../../nbs/3_training/03_watching.ipynb #9851f396
 def to_device(
@@ -54,7 +54,7 @@ def settle(
                                      "learning_rate, lengthen warmup_steps, set clip_norm, or look for bad data")
         state.recent.append([loss, norm, count])
 
-# %% ../../nbs/3_training/03_watching.ipynb #c82d418f
+# %% ../../nbs/3_training/03_watching.ipynb #c332dd83
 def mean_loss(
     model: nn.Module,  # in evaluation mode meanwhile
     loss: Callable[[nn.Module, Any], tuple],  # (model, batch) -> (sum of losses, how many)
@@ -64,22 +64,21 @@ def mean_loss(
     """Measure a loss without learning from it: no dropout, and the random generators stand afterwards as before.
 
     Raises `ValueError` when there is nothing to measure."""
-    before, training, parts = random_state(), model.training, []
+    training, parts = model.training, []
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed():
             for batch in progress_bar(batches, label="evaluating") if show and not in_notebook() else batches:
                 total, count = loss(model, batch)
                 parts.append(torch.stack([total.float(), torch.as_tensor(count).to(total).float()]))
     finally:
         model.train(training)
-        restore_random_state(before)
     total, count = torch.stack(parts).cpu().double().sum(0).tolist() if parts else (0.0, 0.0)
     if count == 0:
         raise ValueError("there is nothing to evaluate: expected validation batches with at least one target")
     return total / count
 
-# %% ../../nbs/3_training/03_watching.ipynb #a5a00159
+# %% ../../nbs/3_training/03_watching.ipynb #e996e4be
 def make_row(
     state: RunState,  # a run that has made steps since its last row; they are summed up and forgotten
     validation_loss: float | None = None,  # if it has just been measured
@@ -95,21 +94,21 @@ def make_row(
 
 
 def lowest_validation(
-    history: list[dict[str, Any]],  # rows of a run
+    state: RunState,  # a run
 ) -> float:  # infinite if it was never measured
-    """Find the lowest validation loss of a run."""
-    return min((row["validation_loss"] for row in history if row["validation_loss"] is not None), default=math.inf)
+    """Find the lowest validation loss of a run so far."""
+    return min((row["validation_loss"] for row in state.history if row["validation_loss"] is not None), default=math.inf)
 
-# %% ../../nbs/3_training/03_watching.ipynb #27073e95
+# %% ../../nbs/3_training/03_watching.ipynb #81d2d623
 class RunLog:
     """The rows of a run as `log.csv`, and as TensorBoard events where TensorBoard is installed."""
 
     def __init__(
         self,
         folder: Path | None,  # the run's folder; None: nothing is written
-        history: list[dict[str, Any]],  # rows that stand already; later ones in the file are dropped
+        state: RunState,  # its rows stand already; later ones in the file are dropped
     ) -> None:
-        self.file = self.board = None
+        self.file, self.board, history = None, None, state.history
         if folder is None:
             return
         with write_aside(folder / "log.csv") as aside:
