@@ -56,6 +56,7 @@ def adapt(path: Path, name: str) -> Page:
             module = find_module(directives["default_exp"])
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(lambda link: repository_link(link, path.parent), cell.source)
+            cell.source = re.sub(r"(\.\./)+images/", "../" * name.count("/") + "images/", cell.source)
             heading = ([heading] + re.findall(r"^#+\s+(.+)$", cell.source, flags=re.MULTILINE))[-1]
         if {"hide", "default_exp"} & directives.keys() or directives.get("include") == "false":
             continue

@@ -24,7 +24,7 @@ def write_sources(notebooks: Path, folder: Path) -> int:
         nbformat.write(page.notebook, path)
     (folder / "nbs" / "reference.md").write_text(index_of_names(pages), encoding="utf-8")
     if (ROOT / "images").is_dir():
-        shutil.copytree(ROOT / "images", folder / "images")
+        shutil.copytree(ROOT / "images", folder / "nbs" / "images")
     return len(pages) + 1
 
 
@@ -60,6 +60,8 @@ def build(out: Path, notebooks: Path = ROOT / "nbs", draft: bool = False) -> str
         folder = Path(name).resolve()
         site, warnings = run_sphinx(folder, write_sources(notebooks, folder))
         if draft or not warnings:
+            if (ROOT / "images").is_dir():  # for pictures in raw HTML, which Sphinx does not see
+                shutil.copytree(ROOT / "images", site / "images")
             shutil.copytree(notebooks, site / "notebooks", ignore=lambda at, names: [
                 item for item in names if item[0] in "._" or not (Path(at, item).is_dir() or item.endswith(".ipynb"))])
             place(site, out)
