@@ -281,15 +281,16 @@ def test_every_public_name_has_its_entry(site: Site, module: str) -> None:
         thing = getattr(importlib.import_module(module), name)
         things = {name: thing}
         if isinstance(thing, type):
-            things |= {f"{name}.{key}": getattr(value, "__func__", value) for key, value in vars(thing).items()
-                       if not key.startswith("_") and inspect.isroutine(getattr(value, "__func__", value))}
+            methods = {key: getattr(value, "__func__", value) for key, value in vars(thing).items() if key[0] != "_"}
+            things |= {f"{name}.{key}": method for key, method in methods.items()
+                       if getattr(method, "__qualname__", None) == f"{name}.{key}"}
         for short, item in things.items():
             heading = page.find(id=f"{module}.{short}")
             assert heading is not None, f"{module}.{short} has no anchor"
             source = heading.select_one("a .viewcode-link").parent["href"]
             path = module.replace(".", "/")
             assert (f"/{path}.py#L" if conf._address else f"_modules/{path}.html#{short}") in source
-            if callable(item):
+            if isinstance(item, type) or inspect.isroutine(item):
                 table = described(heading.parent)
                 missing = [key for key in parameters_of(item) if not table.get(key)]
                 assert not missing, f"{module}.{short} does not describe {missing}"
