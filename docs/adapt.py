@@ -174,8 +174,8 @@ def contents(lessons: list[Page]) -> str:
         folder = page.name.rpartition("/")[0]
         title = folder.split("/")[0].split("_", 1)[-1].replace("_", " ").capitalize() if folder else "Workshop"
         steps.setdefault(title, []).append(page.name)
-    first = [name for name in ("core", "learn", "cli") if name in steps.get("Workshop", [])]
-    workshop = first + [name for name in steps.pop("Workshop", []) if name not in first]
+    order = ["core", "learn", "", "cli"]  # any other page stands between them
+    workshop = sorted(steps.pop("Workshop", []), key=lambda name: order.index(name if name in order else ""))
     steps["Workshop"] = [*workshop, "reference"]
     return "\n\n".join("\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])
                        for title, names in steps.items())
