@@ -21,7 +21,8 @@ def pytest_configure(config):
     """One thread for each test process, no network, and nothing of the learner's touched."""
     if not hasattr(config, "workerinput"):  # the process that starts the workers, which inherit this
         if config.option.color == "auto" and not sys.stdout.isatty():
-            config.option.color = "no"  # which nbval does not find out by itself
+            config.option.color = "no"  # which neither nbval nor the workers find out by themselves
+            os.environ["PYTEST_ADDOPTS"] = f"{os.environ.get('PYTEST_ADDOPTS', '')} --color=no"
         os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         os.environ.pop("MPLBACKEND", None)
         config.borrowed_cache = os.environ["BIGMODEL_CACHE"] = tempfile.mkdtemp(prefix="bigmodel-test-")
