@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'BYTE_ORDER', 'split_words', 'count_words', 'to_symbols', 'printable', 'from_printable',
-           'learn_merges', 'merge_table', 'merge_symbols', 'recover_merges', 'read_tiktoken', 'Vocabulary']
+           'learn_merges', 'merge_table', 'merge_symbols', 'Vocabulary', 'recover_merges', 'read_tiktoken']
 
 # %% ../../nbs/1_data/02_bpe.ipynb #20152323
 import base64
@@ -188,6 +188,53 @@ def merge_symbols(
                 heapq.heappush(heap, (table[pair][0], left, pair))
     return "".join(parts)
 
+# %% ../../nbs/1_data/02_bpe.ipynb #fae2cc4c
+class Vocabulary:
+    """Token ids and the bytes that they stand for: all that decoding needs."""
+
+    def __init__(
+        self,
+        ids: Mapping[bytes, int],  # the id of each ordinary token
+        special_tokens: Mapping[str, int],  # the id of each special token
+        end_of_text: str | None = None,  # the special token that ends a document
+    ):
+        self.ids, self.special_tokens = dict(ids), dict(special_tokens)
+        encoded = {text.encode(): number for text, number in self.special_tokens.items()}
+        self._bytes = {number: token for table in (self.ids, encoded) for token, number in table.items()}
+        if len(self._bytes) < len(self.ids) + len(self.special_tokens) or min(self._bytes) < 0:
+            raise ValueError("two tokens share an id, or an id is negative; expected one id of its own for every token")
+        self.end_of_text = self.special_tokens[end_of_text] if end_of_text else None
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id + 1: how many rows an embedding needs."""
+        return max(self._bytes) + 1
+
+    def decode_bytes(
+        self,
+        ids: Iterable,  # token ids: a list, or an array or tensor of one dimension
+    ) -> bytes:  # their bytes, joined
+        """Join the bytes of tokens. Raises `ValueError` for an unknown id."""
+        try:
+            return b"".join(map(self._bytes.__getitem__, ids.tolist() if hasattr(ids, "tolist") else ids))
+        except KeyError as error:
+            raise ValueError(f"token id {error.args[0]} is not in this vocabulary, whose ids run from 0 to "
+                             f"{self.vocab_size - 1}; was it made by another tokenizer?") from None
+
+    def token_bytes(
+        self,
+        token: int,  # a token id
+    ) -> bytes:  # what it stands for; often a part of a character only
+        """Look one token up. Raises `ValueError` for an id that is not in the vocabulary."""
+        return self.decode_bytes([token])
+
+    def decode(
+        self,
+        ids: Iterable,  # token ids, likewise
+    ) -> str:  # text; � where the bytes are not UTF-8
+        """Turn tokens back into text. Raises `ValueError` for an id that is not in the vocabulary."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
 # %% ../../nbs/1_data/02_bpe.ipynb #347abf4d
 def recover_merges(
     ids: Mapping[bytes, int],  # tokens of a byte-level BPE vocabulary; ids rise in the order of learning
@@ -229,50 +276,3 @@ def read_tiktoken(
     if not all(bytes([byte]) in ids for byte in range(256)):
         raise ValueError(f"{path} lacks some of the 256 single bytes; expected a whole byte-level vocabulary")
     return ids
-
-# %% ../../nbs/1_data/02_bpe.ipynb #7916cec5
-class Vocabulary:
-    """Token ids and the bytes that they stand for: all that decoding needs."""
-
-    def __init__(
-        self,
-        ids: Mapping[bytes, int],  # the id of each ordinary token
-        special_tokens: Mapping[str, int],  # the id of each special token
-        end_of_text: str | None = None,  # the special token that ends a document
-    ):
-        self.ids, self.special_tokens = dict(ids), dict(special_tokens)
-        self._bytes = {number: token for token, number in self.ids.items()}
-        self._bytes |= {number: text.encode() for text, number in self.special_tokens.items()}
-        if len(self._bytes) < len(self.ids) + len(self.special_tokens) or min(self._bytes) < 0:
-            raise ValueError("two tokens share an id, or an id is negative; expected one id of its own for every token")
-        self.end_of_text = self.special_tokens[end_of_text] if end_of_text else None
-
-    @property
-    def vocab_size(self) -> int:
-        """The largest id + 1: how many rows an embedding needs."""
-        return max(self._bytes) + 1
-
-    def decode_bytes(
-        self,
-        ids: Iterable,  # token ids: a list, or an array or tensor of one dimension
-    ) -> bytes:  # their bytes, joined
-        """Join the bytes of tokens. Raises `ValueError` for an id that is not in the vocabulary."""
-        try:
-            return b"".join(map(self._bytes.__getitem__, ids.tolist() if hasattr(ids, "tolist") else ids))
-        except KeyError as error:
-            raise ValueError(f"token id {error.args[0]} is not in this vocabulary, whose ids run from 0 to "
-                             f"{self.vocab_size - 1}; was it made by another tokenizer?") from None
-
-    def token_bytes(
-        self,
-        token: int,  # a token id
-    ) -> bytes:  # what it stands for; often a part of a character only
-        """Look one token up. Raises `ValueError` for an id that is not in the vocabulary."""
-        return self.decode_bytes([token])
-
-    def decode(
-        self,
-        ids: Iterable,  # token ids, likewise
-    ) -> str:  # text; � where the bytes are not UTF-8
-        """Turn tokens back into text. Raises `ValueError` for an id that is not in the vocabulary."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
