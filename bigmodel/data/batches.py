@@ -45,13 +45,13 @@ def _check_sizes(context_length: int, batch_size: int) -> None:
     if context_length < 1 or batch_size < 1:
         raise ValueError(f"context_length is {context_length} and batch_size {batch_size}; expected at least 1 of each")
 
-# %% ../../nbs/1_data/03_batches.ipynb #d61cfb39
+# %% ../../nbs/1_data/03_batches.ipynb #bf26b14d
 class TokenBatches:
     """Shuffled batches for training, without end; `batches[step]` is a pure function of the seed and the step.
 
     In each epoch every window is used once, in an order of its own and from an offset of its own. Fewer than
-    `2 * context_length` tokens, at the two ends of the row, are no targets in an epoch, and other ones each time. A batch
-    may end one epoch and begin the next. Iterating never ends: write `batches[step]` or `zip(range(steps), batches)`."""
+    `2 * context_length` tokens, at the two ends of the row, are no targets in an epoch, and other ones each time.
+    A batch may end one epoch and begin the next. Iterating never ends: write `zip(range(steps), batches)`."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class TokenBatches:
         self.tokens = _as_row(tokens)
         _check_sizes(context_length, batch_size)
         if len(self.tokens) <= context_length:
-            raise ValueError(f"the text has {len(self.tokens)} tokens, but one window needs {context_length + 1} (a context "
-                             f"of {context_length} and one more for the last target); use a longer text or a shorter context")
+            raise ValueError(f"the text has {len(self.tokens)} tokens, but a window needs {context_length + 1}: "
+                             f"a context of {context_length} and one more token; use a longer text or a shorter context")
         self.context_length, self.batch_size, self.seed = context_length, batch_size, seed
         self.windows = _count_windows(len(self.tokens), context_length)  # in one epoch
         self.tokens_per_batch = batch_size * context_length  # targets in a batch
@@ -84,14 +84,14 @@ class TokenBatches:
         rows = self.tokens[starts[:, None] + np.arange(self.context_length + 1)].astype(np.int64)  # (batch, time + 1)
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
-# %% ../../nbs/1_data/03_batches.ipynb #9ab077f2
+# %% ../../nbs/1_data/03_batches.ipynb #83018f64
 def _window_start(batches: TokenBatches, place: int) -> int:
     """Where the window at a place in the endless sequence of windows begins."""
     epoch, i = divmod(place, batches.windows)
     if epoch not in batches._epochs:
         starts = _draw_epoch(len(batches.tokens), batches.context_length, batches.seed, epoch)
         batches._epochs = dict([*batches._epochs.items()][-1:] + [(epoch, starts)])  # two at most
-    return batches._epochs[epoch][i]
+    return int(batches._epochs[epoch][i])
 
 # %% ../../nbs/1_data/03_batches.ipynb #6bce5083
 IGNORED = -100  # a target that no loss counts: the default `ignore_index` of PyTorch's cross-entropy
@@ -103,7 +103,7 @@ def _fill(row: np.ndarray, width: int, value: int) -> Int64[Tensor, "batch time"
     lines.reshape(-1)[:len(row)] = row
     return torch.from_numpy(lines)
 
-# %% ../../nbs/1_data/03_batches.ipynb #c9d1d569
+# %% ../../nbs/1_data/03_batches.ipynb #74f61bd3
 class SequentialBatches:
     """All tokens once and in order, for evaluation: every token but the first is a target exactly once.
 
@@ -119,7 +119,7 @@ class SequentialBatches:
         self.tokens = _as_row(tokens)
         _check_sizes(context_length, batch_size)
         if len(self.tokens) < 2:
-            raise ValueError(f"the text has {len(self.tokens)} token(s); expected at least 2: one to see, one to predict")
+            raise ValueError(f"the text has {len(self.tokens)} token(s); expected at least 2: one to see, one to guess")
         self.context_length, self.batch_size = context_length, batch_size
 
     def __len__(self) -> int:
