@@ -127,7 +127,8 @@ def test_equals_the_loss_of_transformers_on_a_short_text(gpt2):
 def test_documents_are_scored_apart(gpt2):
     together = score_text(gpt2, ByteTokenizer(), DOCUMENTS)
     for document, nats in zip(DOCUMENTS, together.token_nats, strict=True):
-        torch.testing.assert_close(score_text(gpt2, ByteTokenizer(), document).token_nats[0], nats, atol=1e-5, rtol=1e-5)
+        alone, = score_text(gpt2, ByteTokenizer(), document).token_nats
+        torch.testing.assert_close(alone, nats, atol=1e-5, rtol=1e-5)
 
 
 def test_our_gpt_scores_as_transformers_with_the_same_weights(gpt2, tmp_path):
@@ -212,6 +213,20 @@ def test_a_tokenizer_of_transformers_adds_nothing_and_starts_the_document():
     assert score.tokens == 3 and score.loss == pytest.approx(math.log(5))
 
 
+def test_special_tokens_that_stand_in_the_text_are_read_as_text():
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from bigmodel.data.tokenizer import Tokenizer
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator(["some text"], vocab_size=260, special_tokens=["<|endoftext|>"], show_progress=False)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=core._tokenizer, bos_token="<|endoftext|>")
+    ours = Tokenizer.train(["some text"], vocab_size=260)
+    for tokenizer in (theirs, ours):
+        score = score_text(lambda tokens: torch.zeros(*tokens.shape, 260), tokenizer, "a<|endoftext|>b", 4)
+        assert score.tokens > 5 and score.bytes == 15
+
+
 def test_a_tokenizer_that_loses_text_is_reported():
     with pytest.warns(UserWarning, match="does not give the text back"):
         score_text(lambda tokens: torch.zeros(*tokens.shape, 5), _words(lowercase=True), "The cat", context_length=4)
@@ -219,7 +234,8 @@ def test_a_tokenizer_that_loses_text_is_reported():
 
 # -- errors ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, which", [("", "document 0 of 1"), ([], "the list is empty"), (["a", ""], "document 1 of 2")])
+@pytest.mark.parametrize("text, which", [("", "document 0 of 1"), ([], "the list is empty"),
+                                         (["a", ""], "document 1 of 2")])
 @pytest.mark.parametrize("what", [lambda text: score_text(Recurrent(), ByteTokenizer(), text, context_length=8),
                                   lambda text: NGram(2).fit([1, 2], 257).score(ByteTokenizer(), text),
                                   compressed_bits_per_byte])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LanguageScore', 'score_text', 'NGram', 'compressed_bits_per_byte', 'confidence_interval']
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #5b1e2a66
+# %% ../../nbs/4_evaluation/01_language.ipynb #9532ac67
 import bz2
 import gzip
 import lzma
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..core import progress_bar
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #cce59495
+# %% ../../nbs/4_evaluation/01_language.ipynb #3996d0fd
 @dataclass(frozen=True, repr=False)
 class LanguageScore:
     """How well a model predicted some documents. Every total is derived from the surprise of each token."""
@@ -66,7 +66,7 @@ class LanguageScore:
         return (f"LanguageScore(bits_per_byte={self.bits_per_byte:.4f}, perplexity={self.perplexity:.2f}, "
                 f"loss={self.loss:.4f}, tokens={self.tokens}, bytes={self.bytes}, documents={len(self.token_nats)})")
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #73a74f7e
+# %% ../../nbs/4_evaluation/01_language.ipynb #bf4f90f6
 def _as_documents(text: str | Sequence[str]) -> tuple[list[str], tuple[int, ...]]:
     documents = [text] if isinstance(text, str) else list(text)
     if not documents or not all(documents):
@@ -94,7 +94,7 @@ def _whole_number(things: Sequence[Any], *names: str) -> int | None:
     return next((value for thing in things for name in names
                  if isinstance(value := getattr(thing, name, None), int)), None)
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #a382d8b4
+# %% ../../nbs/4_evaluation/01_language.ipynb #758e57ac
 def _windows(length: int, context_length: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, end, first): the model reads begin..end, and its predictions from `first` on are counted: each once."""
     if not 1 <= stride <= context_length:
@@ -103,7 +103,7 @@ def _windows(length: int, context_length: int, stride: int) -> list[tuple[int, i
     return [(begin, min(begin + context_length, length), begin + context_length - stride if begin else 0)
             for begin in range(0, max(length - context_length, 0) + stride, stride) if length]
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #3019d211
+# %% ../../nbs/4_evaluation/01_language.ipynb #e3c77f59
 @contextmanager
 def _evaluating(model: Callable) -> Iterator[None]:
     """Dropout and gradients off inside; the mode of every submodule restored after."""
@@ -125,7 +125,7 @@ def _logits(model: Callable, tokens: Tensor) -> Tensor:
     logits = getattr(output, "logits", output)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #03248b30
+# %% ../../nbs/4_evaluation/01_language.ipynb #a17490da
 def _surprises(model: Callable, lines: list[list[int]], spans: list[list[tuple]], batch_size: int) -> list[Tensor]:
     """For each line of tokens, the nats of all but the first, from its windows."""
     nats = [torch.full((len(line) - 1,), math.nan, dtype=torch.float64) for line in lines]
@@ -140,7 +140,7 @@ def _surprises(model: Callable, lines: list[list[int]], spans: list[list[tuple]]
             nats[index][first:end] = F.cross_entropy(logits[first - begin:end - begin], targets, reduction="none")
     return nats
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #54e00f9c
+# %% ../../nbs/4_evaluation/01_language.ipynb #012a21fe
 def score_text(
     model: Callable,  # `model(tokens)` gives logits (batch, time, vocab), or an object with `.logits`; causal
     tokenizer: Any,  # has `encode(text)`: this package's, transformers', tiktoken's
@@ -175,7 +175,7 @@ def score_text(
             nats = [torch.cat([torch.tensor([equal], dtype=torch.float64), row]) for row in nats]
     return LanguageScore(tuple(nats), sizes)
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #8ebf23dc
+# %% ../../nbs/4_evaluation/01_language.ipynb #85f1c49e
 def _count_runs(stream: list[int], order: int) -> list[Counter]:
     """Runs of 1 to `order` tokens. The longest are counted; a shorter one counts the *different* tokens before it."""
     runs = [Counter(zip(*(stream[start:] for start in range(length)))) for length in range(1, order + 1)]
@@ -194,7 +194,7 @@ def _level(runs: Counter) -> tuple[dict, float]:
     discount = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)
     return {context: np.array(seen).T for context, seen in table.items()}, discount
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #658bd74d
+# %% ../../nbs/4_evaluation/01_language.ipynb #f12fc0a3
 def _interpolate(levels: list[tuple[dict, float]], context: list[int], vocab_size: int) -> np.ndarray:
     if not levels:
         raise ValueError("the n-gram model has seen nothing yet; call fit(tokens, vocab_size) first")
@@ -207,7 +207,7 @@ def _interpolate(levels: list[tuple[dict, float]], context: list[int], vocab_siz
         p[tokens] += (counts - discount) / counts.sum()
     return p
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #f26b8c11
+# %% ../../nbs/4_evaluation/01_language.ipynb #bcfdbd39
 class NGram:
     """A language model that counts: interpolated Kneser-Ney smoothing of any order. [Kneser & Ney 1995]
     What a context has seen is discounted, and the rest shared out as the next shorter context would; below the
@@ -253,7 +253,7 @@ class NGram:
         """`score_text` with the smallest overlap that gives each token its whole context."""
         return score_text(self, tokenizer, text, self.context_length + self.order, self.context_length, batch_size=1)
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #38b440a2
+# %% ../../nbs/4_evaluation/01_language.ipynb #3dcb7d53
 def compressed_bits_per_byte(
     text: str | Sequence[str],  # a text, or documents, which are joined: that favours the compressor
     method: str = "gzip",  # gzip, bz2 or lzma, each at its strongest level
@@ -275,7 +275,7 @@ def compressed_bits_per_byte(
     price = len(compress(before + "".join(documents).encode("utf-8"))) - (len(compress(before)) if before else 0)
     return 8 * price / sum(sizes)
 
-# %% ../../nbs/4_evaluation/01_language.ipynb #151ba646
+# %% ../../nbs/4_evaluation/01_language.ipynb #0ebfbb96
 def confidence_interval(
     score: LanguageScore,  # of two documents at least
     baseline: LanguageScore | None = None,  # another model's score on the same documents, to be subtracted
