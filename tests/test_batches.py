@@ -133,7 +133,7 @@ def test_the_row_is_neither_copied_nor_changed():
 def test_the_shortest_text_that_fits():
     inputs, targets = TokenBatches(np.arange(65), 64, 3)[5]
     assert torch.equal(inputs, torch.arange(64).repeat(3, 1)) and torch.equal(targets, inputs + 1)
-    with pytest.raises(ValueError, match="has 64 tokens, but a window needs 65"):
+    with pytest.raises(ValueError, match="has 64 tokens, but one window takes 65 "):
         TokenBatches(np.arange(64), 64, 3)
 
 

@@ -45,7 +45,7 @@ def _check_sizes(context_length: int, batch_size: int) -> None:
     if context_length < 1 or batch_size < 1:
         raise ValueError(f"context_length is {context_length} and batch_size {batch_size}; expected at least 1 of each")
 
-# %% ../../nbs/1_data/03_batches.ipynb #bf26b14d
+# %% ../../nbs/1_data/03_batches.ipynb #5fb4503a
 class TokenBatches:
     """Shuffled batches for training, without end; `batches[step]` is a pure function of the seed and the step.
 
@@ -64,8 +64,8 @@ class TokenBatches:
         self.tokens = _as_row(tokens)
         _check_sizes(context_length, batch_size)
         if len(self.tokens) <= context_length:
-            raise ValueError(f"the text has {len(self.tokens)} tokens, but a window needs {context_length + 1}: "
-                             f"a context of {context_length} and one more token; use a longer text or a shorter context")
+            raise ValueError(f"the text has {len(self.tokens)} tokens, but one window takes {context_length + 1} "
+                             f"(context_length {context_length} and one more); use a longer text or a shorter context")
         self.context_length, self.batch_size, self.seed = context_length, batch_size, seed
         self.windows = _count_windows(len(self.tokens), context_length)  # in one epoch
         self.tokens_per_batch = batch_size * context_length  # targets in a batch
