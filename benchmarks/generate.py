@@ -22,15 +22,18 @@ NEW_TOKENS = 200
 PROMPT = [464, 2068, 7586, 21831, 18045, 625, 262, 16931]  # "The quick brown fox jumps over the lazy"
 
 
-def rates(runs: dict[str, Callable[[], list[int]]], repeats: int) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Time the runs in turn, so that a busy minute hits all of them: tokens per second, and the tokens."""
-    seconds, tokens = {name: [] for name in runs}, {}
+def rates(
+    runs: dict[str, Callable[[], list[int]]],  # what is timed: each gives the tokens that it wrote
+    repeats: int,  # how often
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:  # tokens per second, and the tokens
+    """Time the runs in turn, so that a busy minute hits all of them."""
+    speed, tokens = {name: [] for name in runs}, {}
     for _ in range(repeats):
         for name, run in runs.items():
             start = time.perf_counter()
             tokens[name] = run()
-            seconds[name].append(NEW_TOKENS / (time.perf_counter() - start))
-    return seconds, tokens
+            speed[name].append(NEW_TOKENS / (time.perf_counter() - start))
+    return speed, tokens
 
 
 def main() -> None:

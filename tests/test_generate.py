@@ -112,7 +112,8 @@ def test_greedy_is_the_likeliest_token_each_time_even_beyond_the_context(model, 
 
 
 def test_prompts_longer_than_the_context_are_cut_as_texts_are(model):
-    prompts = [[token % VOCAB for token in range(length)] for length in (CONTEXT - 1, CONTEXT, CONTEXT + 1, 5 * CONTEXT)]
+    lengths = (CONTEXT - 1, CONTEXT, CONTEXT + 1, 5 * CONTEXT)
+    prompts = [[token % VOCAB for token in range(length)] for length in lengths]
     assert generate(model, prompts, 9, temperature=0) == [reference(model, prompt, 9) for prompt in prompts]
 
 
@@ -196,7 +197,7 @@ def test_a_model_can_be_trained_after_it_has_written(model):
 def test_a_cache_whose_positions_are_off_by_one_is_noticed(model, monkeypatch):
     expected = generate(model, PROMPTS, 10, temperature=0, use_cache=False)
     right = gpt_module._positions
-    monkeypatch.setattr(gpt_module, "_positions", lambda tokens, mask, seen: (right(tokens, mask, seen) - int(seen > 0)))
+    monkeypatch.setattr(gpt_module, "_positions", lambda tokens, mask, seen: right(tokens, mask, seen) - int(seen > 0))
     assert generate(model, PROMPTS, 10, temperature=0, use_cache=False) == expected
     assert generate(model, PROMPTS, 10, temperature=0) != expected
 
@@ -240,19 +241,20 @@ def test_greedy_text_equals_transformers(changes, tmp_path):
         tokens, mask = pad_left(prompts)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         with torch.no_grad():
-            out = theirs.generate(tokens, attention_mask=mask.long(), max_new_tokens=30, do_sample=False, pad_token_id=0)
+            out = theirs.generate(tokens, attention_mask=mask.long(), max_new_tokens=30, do_sample=False,
+                                  pad_token_id=0)
         expected = out[:, tokens.shape[1]:].tolist()
         for use_cache in (True, False):
             assert generate(ours, prompts, 30, temperature=0, use_cache=use_cache) == expected
         assert len({tuple(text) for text in expected}) == len(prompts)
 
 
-def rows(width=st.integers(1, 400)):
+def rows():
     """A few rows of scores, flat or steep."""
     def make(args):
         seed, size, spread = args
         return torch.randn(3, size, generator=torch.Generator().manual_seed(seed)) * spread
-    return st.tuples(st.integers(0, 2**31), width, st.sampled_from([0.01, 1.0, 5.0, 30.0])).map(make)
+    return st.tuples(st.integers(0, 2**31), st.integers(1, 400), st.sampled_from([0.01, 1.0, 5.0, 30.0])).map(make)
 
 
 @given(logits=rows(), top_k=st.integers(1, 500))

@@ -73,13 +73,13 @@ def filter_logits(
         logits = keep_top_k(logits, top_k)
     return logits if top_p is None else keep_top_p(logits, top_p)
 
-# %% ../../nbs/5_deployment/01_generate.ipynb #19278b48
+# %% ../../nbs/5_deployment/01_generate.ipynb #ee50a879
 def sample(
     logits: Float[Tensor, "batch vocab"],  # scores for the next token of each row
     temperature: float = 1.0,  # 0 takes the likeliest; below 1 sharpens, above 1 flattens
     top_k: int | None = None,  # keep this many tokens
     top_p: float | None = None,  # keep the likeliest tokens that together reach this probability
-    generator: torch.Generator | list[torch.Generator] | None = None,  # CPU generator(s): one for all rows, or one a row
+    generator: torch.Generator | list[torch.Generator] | None = None,  # on the CPU: one for all rows, or one a row
 ) -> Int[Tensor, "batch"]:  # the chosen ids
     """Draw one token id per row from softmax(logits / temperature), filtered by `filter_logits`.
 
