@@ -26,7 +26,8 @@ MAY_IMPORT = {  # part of the package -> the parts that it may import, besides i
     "training": {"core", "data", "models"}, "evaluation": {"core", "data", "models"},
     "deployment": {"core", "data", "models", "training", "evaluation"},
     "applications": {"core", "data", "models", "training", "evaluation", "deployment"},
-    "cli": {"core", "learn", "data", "models", "training", "evaluation", "deployment", "applications"},
+    "pipeline": {"core", "data", "models", "training", "evaluation", "deployment"},
+    "cli": {"core", "learn", "data", "models", "training", "evaluation", "deployment", "applications", "pipeline"},
 }
 DISTRIBUTION = {  # import name -> the requirement that brings it, where the names differ
     "sklearn": "scikit-learn", "skimage": "scikit-image", "cv2": "opencv-python", "PIL": "pillow", "yaml": "pyyaml",
@@ -239,9 +240,10 @@ def _own_imports(path: Path, root: Path) -> Iterator[tuple[str, bool]]:
             above = folder[:len(folder) - node.level + 1] if node.level else ()
             base = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names if base.split(".")[0] == "bigmodel" else ():
-                inner = root.joinpath(*base.split("."), alias.name)  # `from ..models import gpt` names a module
+                inner, dunder = root.joinpath(*base.split("."), alias.name), alias.name.startswith("__")
                 is_module = inner.is_dir() or inner.with_name(f"{alias.name}.py").is_file()
-                yield f"{base}.{alias.name}" if is_module or base == "bigmodel" else base, alias.name == "*"
+                is_module |= base == "bigmodel" and not dunder  # `from .. import models`
+                yield f"{base}.{alias.name}" if is_module else base, alias.name == "*"
 
 
 def _circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
@@ -339,8 +341,9 @@ def unmet_imports(root: Path) -> list[str]:
     for path in [*modules(root), *notebooks(root), *scripts]:
         trees = [parse_module(path)] if path.suffix == ".py" else [parse_cell(cell) for cell in cells(path)]
         nodes = [node for tree in trees for node in ast.walk(tree)]
-        found += [f"{called(path, root)}: imports {name}, which is in no extra"
-                  for name in _missing(nodes, every | {script.stem for script in scripts})]
+        written = set(re.findall(r"\b(\w+)\.py\b", path.read_text(encoding="utf-8")))  # by the lesson itself
+        own = {script.stem for script in scripts} | written
+        found += [f"{called(path, root)}: imports {name}, which is in no extra" for name in _missing(nodes, every | own)]
     return found
 
 
