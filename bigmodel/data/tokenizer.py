@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'BPE', 'Tokenizer', 'StreamDecoder']
 
-# %% ../../nbs/1_data/02_tokenizer.ipynb #3882db13
+# %% ../../nbs/1_data/02_tokenizer.ipynb #f133d2df
 import codecs
 import json
 import warnings
@@ -18,8 +18,19 @@ import numpy as np
 import regex
 
 from ..core import progress_bar, write_aside
-from .bpe import BYTE_ORDER, Vocabulary, count_words, from_printable, learn_merges, merge_symbols
-from .bpe import merge_table, printable, read_tiktoken, recover_merges, split_words
+from bigmodel.data.bpe import (
+    BYTE_ORDER,
+    Vocabulary,
+    count_words,
+    from_printable,
+    learn_merges,
+    merge_symbols,
+    merge_table,
+    printable,
+    read_tiktoken,
+    recover_merges,
+    split_words,
+)
 
 # %% ../../nbs/1_data/02_tokenizer.ipynb #e6c97587
 class _Pieces(dict):
@@ -109,8 +120,8 @@ def _tokenizer_config(end_of_text: str | None, model_max_length: int | None) -> 
               "bos_token": end_of_text, "eos_token": end_of_text, "model_max_length": model_max_length}
     return {name: value for name, value in config.items() if value is not None}
 
-# %% ../../nbs/1_data/02_tokenizer.ipynb #0df04578
-def _refuse_foreign(file: dict[str, Any], path: Path) -> None:
+# %% ../../nbs/1_data/02_tokenizer.ipynb #ae1aff41
+def _refuse_foreign(file: dict[str, Any]) -> None:
     """Name the first field that asks for anything else than byte-level BPE with GPT-2's split pattern."""
     model, split, after = file["model"], file["pre_tokenizer"] or {}, file.get("post_processor") or {}
     odd = [token for token in file["added_tokens"] if not token["special"] or
@@ -125,8 +136,8 @@ def _refuse_foreign(file: dict[str, Any], path: Path) -> None:
                ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")]
     for name, found, expected in wishes:
         if found != expected:
-            raise ValueError(f"{path}: {name} is {found!r}, expected {expected!r}: only byte-level BPE with GPT-2's "
-                             "split is read here; load others with the tokenizers package")
+            raise ValueError(f"{name} is {found!r}, expected {expected!r}: only byte-level BPE with GPT-2's split is "
+                             "read here; load others with the tokenizers package")
 
 # %% ../../nbs/1_data/02_tokenizer.ipynb #fb4cf9fb
 def _read_json(path: Path) -> dict[str, Any]:
@@ -138,26 +149,25 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content
 
-# %% ../../nbs/1_data/02_tokenizer.ipynb #8f5f963c
-def _read_tokenizer(path: Path) -> tuple[dict[str, Any], int | None]:
-    """What `BPE` wants to know, and the model's context where it is known."""
-    beside = path.with_name("tokenizer_config.json")
-    file, config = _read_json(path), _read_json(beside) if beside.is_file() else {}
-    _refuse_foreign(file, path)
+# %% ../../nbs/1_data/02_tokenizer.ipynb #43040203
+def _arguments(file: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What `BPE` wants to know, from the contents of the two files."""
+    _refuse_foreign(file)
     special = {token["content"]: token["id"] for token in file["added_tokens"]}
     ids = {from_printable(text): number for text, number in file["model"]["vocab"].items() if text not in special}
     missing = [byte for byte in range(256) if bytes([byte]) not in ids]
     if missing:
-        raise ValueError(f"{path}: model.vocab lacks {len(missing)} of the 256 bytes, 0x{missing[0]:02X} first; "
-                         "such a tokenizer cannot encode every text")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in file["model"]["merges"]]
-    merges = [(from_printable(left), from_printable(right)) for left, right in merges]
-    end, longest = config.get("eos_token"), config.get("model_max_length") or 0
+        raise ValueError(f"model.vocab lacks {len(missing)} of the 256 bytes, 0x{missing[0]:02X} first; such a "
+                         "tokenizer cannot encode every text")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in file["model"]["merges"]]
+    if odd := [pair for pair in pairs if len(pair) != 2]:
+        raise ValueError(f"model.merges holds {odd[0]!r}; expected pairs of tokens")
+    merges = [(from_printable(left), from_printable(right)) for left, right in pairs]
+    end = config.get("eos_token")
     end = end["content"] if isinstance(end, dict) else end
-    return ({"merges": merges, "special_tokens": special, "ids": ids, "end_of_text": end if end in special else None},
-            int(longest) if 0 < longest < 1e9 else None)  # larger means "not known"
+    return {"merges": merges, "special_tokens": special, "ids": ids, "end_of_text": end if end in special else None}
 
-# %% ../../nbs/1_data/02_tokenizer.ipynb #37496866
+# %% ../../nbs/1_data/02_tokenizer.ipynb #325337ec
 class _Files:
     """Saving and loading, for `Tokenizer`."""
 
@@ -183,19 +193,22 @@ class _Files:
 
         Raises `FileNotFoundError` without a `tokenizer.json`, and `ValueError` when a file is damaged or asks for what
         this class does not do; the message names the field."""
-        path = Path(folder) / "tokenizer.json"
+        path, beside = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"there is no tokenizer.json in {folder}; expected a folder that Tokenizer.save or "
                                     "a Hugging Face tokenizer's save_pretrained has written")
+        file, config = _read_json(path), _read_json(beside) if beside.is_file() else {}
         try:
-            arguments, model_max_length = _read_tokenizer(path)
-            tokenizer = cls(**arguments)
+            tokenizer = cls(**_arguments(file, config))
+            longest = config.get("model_max_length") or 0
+            tokenizer.model_max_length = int(longest) if 0 < longest < 1e9 else None  # larger means "not known"
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has not the form of a tokenizer file: {type(error).__name__} {error}") from None
-        tokenizer.model_max_length = model_max_length
         return tokenizer
 
-# %% ../../nbs/1_data/02_tokenizer.ipynb #a51c66ad
+# %% ../../nbs/1_data/02_tokenizer.ipynb #9fa4a0a0
 class Tokenizer(_Files, BPE):
     """Byte-level BPE as in GPT-2: train it or load it, encode, decode, save it. [Radford et al. 2019]"""
 
@@ -238,7 +251,7 @@ class Tokenizer(_Files, BPE):
         rows = []
         for text in progress_bar([documents] if isinstance(documents, str) else documents, label="encode", unit="doc"):
             if rows and self.end_of_text is None:
-                raise ValueError("no end-of-text token to put between documents; train with special_tokens=('<|end|>',)")
+                raise ValueError("no end-of-text token to put between documents; train with special_tokens=('<|e|>',)")
             rows.append(np.array([*([self.end_of_text] if rows else []), *self.encode(text)], dtype))
         return np.concatenate(rows) if rows else np.array([], dtype)
 
