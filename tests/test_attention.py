@@ -29,7 +29,7 @@ def formula(query, key, value, mask=None, causal=False, scale=None):
     """Attention one query at a time, by nothing but the formula."""
     batch, heads, new, size = query.shape
     total = key.shape[2]
-    sees = torch.ones(batch, heads, new, total, dtype=torch.bool) if mask is None else mask.expand(batch, heads, new, total)
+    sees = (torch.ones(1, dtype=torch.bool) if mask is None else mask).expand(batch, heads, new, total)
     out = torch.zeros_like(query)
     for b in range(batch):
         for h in range(heads):
@@ -75,7 +75,8 @@ def test_attention_is_the_formula(data):
     whole = lambda low, high: data.draw(st.integers(low, high))
     total = whole(1, 7)
     case = {"seed": whole(0, 999), "batch": whole(1, 3), "heads": whole(1, 3), "new": whole(1, total), "total": total,
-            "size": whole(1, 5), "causal": data.draw(st.booleans()), "scale": data.draw(st.sampled_from([None, 1.0, 0.3])),
+            "size": whole(1, 5), "causal": data.draw(st.booleans()),
+            "scale": data.draw(st.sampled_from([None, 1.0, 0.3])),
             "mask_shape": data.draw(st.none() | st.tuples(*[st.booleans()] * 4))}
     assert agrees(**case), case
 
