@@ -26,10 +26,10 @@ from .runs import Interruption, RunFolder, RunState, describe, one_clear_error, 
 from .watching import (Progress, RunLog, in_mode, lowest_validation, make_row,
                                         mean_loss, plot_history, settle, to_device)  # noqa: F401
 
-# %% ../../nbs/3_training/01_trainer.ipynb #db3774b5
+# %% ../../nbs/3_training/01_trainer.ipynb #3d76ce54
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How a model is trained. Everything but the last five fields decides what it becomes."""
+    """How a model is trained. All but the last four fields decide what it becomes."""
 
     steps: int  # updates of the weights
     learning_rate: float = 1e-3  # the peak, reached when the warm-up is over
