@@ -5,6 +5,7 @@ import re
 from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 from nbformat import NotebookNode
@@ -14,6 +15,7 @@ from reference import Module, assigned, read_module, render
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#:]+)\)")
+FRAGMENT = re.compile(r"(?<=\]\()((?:[^)\s#:]+\.ipynb)?#[^)\s]+)(?=\))")
 HIDDEN_OUTPUTS = {"application/javascript", "application/vnd.jupyter.widget-view+json"}
 
 
@@ -57,6 +59,7 @@ def adapt(path: Path, name: str) -> Page:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(lambda link: repository_link(link, path.parent), cell.source)
             cell.source = re.sub(r"(\.\./)+images/", "../" * name.count("/") + "images/", cell.source)
+            cell.source = FRAGMENT.sub(lambda link: slug(link[1]), cell.source)
             heading = ([heading] + re.findall(r"^#+\s+(.+)$", cell.source, flags=re.MULTILINE))[-1]
         if {"hide", "default_exp"} & directives.keys() or directives.get("include") == "false":
             continue
@@ -84,6 +87,12 @@ def repository_link(link: re.Match, folder: Path) -> str:
             place = f"{address}/{kind}/{settings()['branch']}/{file.relative_to(ROOT).as_posix()}"
             return f"[{link[1]}]({place})" if address else link[1]
     return link[0]
+
+
+def slug(link: str) -> str:
+    """JupyterLab's anchors keep capitals and punctuation, `#Why-so?`; those of the site do not: `#why-so`."""
+    path, _, anchor = link.partition("#")
+    return path + "#" + re.sub(r"[^\w-]", "", unquote(anchor).lower())
 
 
 def take_directives(cell: NotebookNode) -> dict[str, str]:

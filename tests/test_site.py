@@ -387,7 +387,8 @@ def test_reads_a_module_without_importing_it(tmp_path: Path) -> None:
 
 def test_directives_become_tags_and_are_not_shown(tmp_path: Path) -> None:
     cells = [
-        new_markdown_cell("# A lesson\n\nRead [the licence](LICENSE) and [the next](02_next.ipynb)."),
+        new_markdown_cell("# A lesson\n\nRead [the licence](LICENSE) and [the next](02_next.ipynb), "
+                          "[why](#Why-%22so%22,-then?)."),
         new_code_cell("#| hide\nsecret = 1"),
         new_code_cell("#| echo: false\nshown()", outputs=[new_output("stream", text="  5%|▌ |\r100%|██|\n")]),
         new_code_cell("#| code-fold: true\nplot()"),
@@ -400,7 +401,7 @@ def test_directives_become_tags_and_are_not_shown(tmp_path: Path) -> None:
     nbformat.write(new_notebook(cells=cells), tmp_path / "lesson.ipynb")
     page = adapt.adapt(tmp_path / "lesson.ipynb", "lesson").notebook.cells
     assert all("#|" not in cell.source and "secret" not in cell.source for cell in page)
-    assert "Read the licence and [the next](02_next.ipynb)" in page[0].source
+    assert "Read the licence and [the next](02_next.ipynb), [why](#why-so-then)." in page[0].source
     echo, fold, draw, checker, solution, imports, bar = page[1:]
     assert echo.metadata.tags == ["remove-input"] and echo.outputs[0].text == "100%|██|"
     assert fold.metadata.tags == ["hide-input"] and "hide-cell" in solution.metadata.tags
