@@ -19,7 +19,7 @@ from . import __version__
 app = typer.Typer(help="Train, evaluate and run language models of your own: the course's pipeline as commands.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-# %% ../nbs/cli.ipynb #10156eff
+# %% ../nbs/cli.ipynb #686e5bcc
 @app.command("train")
 def _train(
     out: Annotated[Path, typer.Option(help="Folder for the run; made if need be.")],
@@ -31,11 +31,11 @@ def _train(
     vocab_size: Annotated[int | None, typer.Option(
         min=257, help="Tokens to learn; by default what the text can support.")] = None,
     context_length: Annotated[int, typer.Option(min=2, help="Tokens the model can look back on.")] = 128,
-    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
-    hidden_size: Annotated[int, typer.Option(min=1, help="Width of a token's vector.")] = 192,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads; must divide the width.")] = 6,
+    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 2,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of a token's vector.")] = 128,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads; must divide the width.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 4e-3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batches and dropout.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, exactly.")] = False,
 ) -> None:
@@ -43,12 +43,12 @@ def _train(
 
     The folder can be loaded by transformers at any time. Ctrl-C saves; --resume goes on.
 
-    \b
     Examples:
-      bigmodel train --out run
-      bigmodel train --data my.txt --out run --minutes 10
-      bigmodel train --data notes/ --out run --layers 6 --hidden-size 384 --minutes 60
-      bigmodel train --out run --resume
+
+    - `bigmodel train --out run`
+    - `bigmodel train --data my.txt --out run --minutes 10`
+    - `bigmodel train --data notes/ --out run --layers 6 --hidden-size 384 --minutes 60`
+    - `bigmodel train --out run --resume`
     """
     from bigmodel.pipeline import resume_run, start_run
 
@@ -91,7 +91,7 @@ def _show_result(run: Any) -> None:
           f"           bigmodel evaluate {run.folder}\n"
           f"           transformers: AutoModelForCausalLM.from_pretrained({str(run.folder)!r})")
 
-# %% ../nbs/cli.ipynb #b4f043d1
+# %% ../nbs/cli.ipynb #a77c9684
 @app.command("evaluate")
 def _evaluate(
     run: Annotated[Path, typer.Argument(help="A folder with a model and its tokenizer.")],
@@ -100,10 +100,10 @@ def _evaluate(
 ) -> None:
     """Score a model on text, beside n-grams and compressors.
 
-    \b
     Examples:
-      bigmodel evaluate run
-      bigmodel evaluate run --data another.txt
+
+    - `bigmodel evaluate run`
+    - `bigmodel evaluate run --data another.txt`
     """
     from bigmodel.evaluation.language import NGram, compressed_bits_per_byte, confidence_interval, score_text
     from bigmodel.pipeline import Plan, read_documents
@@ -136,7 +136,7 @@ def _load(run: Path) -> tuple:
         raise FileNotFoundError(f"there is no folder {run}; expected one made by: bigmodel train --out {run}")
     return GPT.from_pretrained(run).to(pick_device()), Tokenizer.from_pretrained(run)
 
-# %% ../nbs/cli.ipynb #d2b4213b
+# %% ../nbs/cli.ipynb #2b40ebaf
 @app.command("generate")
 def _generate(
     run: Annotated[Path, typer.Argument(help="A folder with a model and its tokenizer.")],
@@ -150,11 +150,11 @@ def _generate(
 ) -> None:
     """Continue a prompt, or begin a text.
 
-    \b
     Examples:
-      bigmodel generate run
-      bigmodel generate run --prompt "The assert statement" --temperature 0
-      echo "The" | bigmodel generate run --prompt - --tokens 400 --top-p 0.9 --seed 1
+
+    - `bigmodel generate run`
+    - `bigmodel generate run --prompt "The assert statement" --temperature 0`
+    - `echo "The" | bigmodel generate run --prompt - --tokens 400 --top-p 0.9 --seed 1`
     """
     from bigmodel.deployment.generate import stream_text
 

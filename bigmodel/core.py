@@ -50,8 +50,8 @@ def pick_dtype(
         return torch.bfloat16
     return torch.float32
 
-# %% ../nbs/core.ipynb #6841a8c4
-torch.set_flush_denormal(True);
+# %% ../nbs/core.ipynb #31f986a8
+torch.set_flush_denormal(True)
 
 # %% ../nbs/core.ipynb #225fea6f
 def seed_everything(
@@ -113,18 +113,18 @@ def _mode_of_new_files() -> int:
     os.umask(mask)
     return 0o666 & ~mask
 
-# %% ../nbs/core.ipynb #0ae789d8
+# %% ../nbs/core.ipynb #60c7c29a
 def progress_bar(
     items: Iterable | None = None,  # what to go through; leave out and call `update` by hand
     total: float | None = None,  # how many there will be, if `items` cannot tell
     label: str = "",  # what is going on
     unit: str = "it",  # what is counted; `"B"` counts bytes
 ) -> tqdm:  # iterate over it, or use it in a `with` block
-    """Show progress with rate and time left, in a terminal or a notebook, and nothing anywhere else."""
+    """Show progress with rate and time left, in a terminal or a notebook, once something takes over a second."""
     watched = sys.stderr.isatty() or in_notebook()
     return tqdm(items, total=total, desc=label or None, unit=unit, unit_scale=unit != "it", disable=not watched,
                 leave=False, dynamic_ncols=not in_notebook(), ncols=90 if in_notebook() else None, mininterval=0.2,
-                file=sys.stderr)
+                delay=1, file=sys.stderr)
 
 
 def in_notebook() -> bool:  # whether a Jupyter kernel runs this code

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_SHAPE', 'Plan', 'read_documents', 'fingerprint', 'default_vocab_size', 'plan_steps', 'Run', 'start_run',
            'resume_run']
 
-# %% ../nbs/pipeline.ipynb #bf6d54a0
+# %% ../nbs/pipeline.ipynb #c7710235
 import copy
 import hashlib
 import os
@@ -16,7 +16,8 @@ from typing import Any
 
 from .core import seed_everything
 from .data.batches import SequentialBatches, TokenBatches
-from .data.corpus import clean, deduplicate, load_corpus, read_text, split, split_in_order
+from .data.corpus import (clean, deduplicate, drop_repeated_paragraphs, load_corpus, read_text, split,
+                                  split_in_order)
 from .data.tokenizer import Tokenizer
 from .models.checkpoint import read_json, write_json
 from .models.gpt import GPT, GPTConfig
@@ -59,11 +60,11 @@ class Plan:
         except TypeError:
             raise ValueError(f"{run / 'run.json'} does not describe a run; start a new one in another folder") from None
 
-# %% ../nbs/pipeline.ipynb #2b366a1c
+# %% ../nbs/pipeline.ipynb #969d59ed
 def read_documents(
     data: str,  # a file, a folder of .txt and .md files, or the name of a built-in corpus
 ) -> tuple[list[str], list[str]]:  # cleaned documents to train on, and others to validate on
-    """Read, clean, deduplicate and split whatever text `data` names.
+    """Read, clean, deduplicate (documents and paragraphs) and split whatever text `data` names.
 
     Raises `FileNotFoundError` or `ValueError` saying what is wrong with it."""
     path = Path(data).expanduser()
@@ -76,7 +77,7 @@ def read_documents(
         raw = [read_text(path)]
     else:
         raw = load_corpus(data)
-    documents = [document for document in deduplicate(map(clean, raw)) if document.strip()]
+    documents = drop_repeated_paragraphs(deduplicate([clean(document) for document in raw]))
     if not documents:
         raise ValueError(f"{data} holds nothing but white space; expected text to learn from")
     if len(documents) < 10:
@@ -91,13 +92,13 @@ def fingerprint(
     """Hash documents, so that a resumed run can tell whether its text has changed."""
     return hashlib.sha256("\0".join(documents).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
-# %% ../nbs/pipeline.ipynb #3cb74569
+# %% ../nbs/pipeline.ipynb #b32ad2c7
 def default_vocab_size(
     documents: list[str],  # what the tokenizer will be trained on
-) -> int:  # from 300 to 2048
-    """Choose a vocabulary that the text can support: one entry for each 100 bytes, within limits."""
+) -> int:  # from 300 to 8192
+    """Choose a vocabulary that the text can support: one entry for each 700 bytes, within limits."""
     size = sum(len(document.encode("utf-8", "surrogatepass")) for document in documents)
-    return max(300, min(2048, size // 100))
+    return max(300, min(8192, size // 700))
 
 # %% ../nbs/pipeline.ipynb #fa0b6477
 def plan_steps(
@@ -138,7 +139,7 @@ class Run:
                           self.tokenizer.save)
         return trainer.fit(resume=(self.folder / CHECKPOINT).exists())
 
-# %% ../nbs/pipeline.ipynb #78db7d4a
+# %% ../nbs/pipeline.ipynb #94970dc6
 def start_run(
     folder: str | Path,  # where it shall live; may exist, but not hold a run
     data: str = "python-reference",  # a file, a folder of text files, or the name of a built-in corpus
@@ -146,7 +147,7 @@ def start_run(
     steps: int | None = None,  # how many steps to train, instead of `minutes`
     vocab_size: int | None = None,  # tokens to learn; None: what the text can support
     batch_size: int = 8,  # windows in a batch
-    learning_rate: float = 2e-3,  # at its peak
+    learning_rate: float = 4e-3,  # at its peak
     seed: int = 0,  # of weights, batches and dropout
     **shape: Any,  # fields of `GPTConfig`: context_length, num_layers, hidden_size, num_heads, ...
 ) -> Run:  # ready for `fit`
@@ -155,13 +156,16 @@ def start_run(
     Raises `FileExistsError` when the folder holds a run, `ValueError` when the text or a setting cannot be used."""
     folder = Path(folder)
     if (folder / CHECKPOINT).exists() or (folder / "run.json").exists():
-        raise FileExistsError(f"{folder} holds a run already; go on with it (resume), or choose another folder")
+        raise FileExistsError(f"{folder} holds a run already; go on with it: bigmodel train --resume --out {folder} "
+                              "(in Python: resume_run), or choose another folder")
     if steps is None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}; expected a positive number")
     train, validation = read_documents(data)
     tokenizer = Tokenizer.train(train, vocab_size or default_vocab_size(train))
     seed_everything(seed)
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, **DEFAULT_SHAPE | shape))
+    shape = DEFAULT_SHAPE | shape
+    shape.setdefault("initializer_range", shape["hidden_size"] ** -0.5)  # GPT-2's 0.02 suits a width of 768
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, **shape))
     source = Path(data).expanduser()
     plan = Plan(str(source.resolve()) if source.exists() else data, fingerprint([*train, *validation]), batch_size,
                 steps or 1, learning_rate, seed)
@@ -174,7 +178,7 @@ def start_run(
     return run
 
 
-DEFAULT_SHAPE = {"context_length": 128, "num_layers": 4, "hidden_size": 192, "num_heads": 6}
+DEFAULT_SHAPE = {"context_length": 128, "num_layers": 2, "hidden_size": 128, "num_heads": 4}
 
 # %% ../nbs/pipeline.ipynb #b1cf0dda
 def resume_run(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_corpus', 'read_text', 'clean', 'QualityRules', 'quality_problems', 'hash_text', 'shingles', 'jaccard', 'minhash',
-           'deduplicate', 'split', 'split_in_order']
+           'deduplicate', 'split', 'split_in_order', 'drop_repeated_paragraphs']
 
 # %% ../../nbs/1_data/01_corpus.ipynb #eb6f124b
 import ast
@@ -298,3 +298,15 @@ def split_in_order(
     Raises `ValueError` when the share is out of range or when one side would come out empty."""
     cut = int(len(text) * (1 - validation))
     return _checked((text[:cut], text[cut:]), validation, f"a text of {len(text)} character(s)", "a longer text")
+
+# %% ../../nbs/1_data/01_corpus.ipynb #2618267e
+def drop_repeated_paragraphs(
+    documents: list[str],  # in order of preference
+) -> list[str]:  # without the paragraphs that stand earlier, and without documents that lose all of theirs
+    """Keep each paragraph only where it stands first, so that documents share no passage word for word."""
+    seen, kept = set(), []
+    for document in _listed(documents):
+        fresh = [part for part in re.split(r"\n[ \t]*\n", document)
+                 if part.strip() and not (part in seen or seen.add(part))]
+        kept.append("\n\n".join(fresh))
+    return [document for document in kept if document]
