@@ -220,7 +220,7 @@ def micro_batches(
             raise ValueError(f"there is no batch {n}; expected steps x accumulation of them: give more") from None
         yield batch
 
-# %% ../../nbs/3_training/01_trainer.ipynb #347bc6f7
+# %% ../../nbs/3_training/01_trainer.ipynb #27faf745
 @dataclass(eq=False)
 class Trainer:
     """Trains any model with any loss, shows how it goes, and keeps the run safe in a folder."""
@@ -235,6 +235,7 @@ class Trainer:
     device: str | torch.device | None = None  # by default the best there is
     optimizer: Callable[[nn.Module, TrainerConfig], Optimizer] = make_adamw  # makes the optimizer
     show: bool = True  # a progress bar in a terminal, a live curve in a notebook
+    unit: str = "tokens"  # what the loss counts, for the display of the speed
 
     def __post_init__(self) -> None:
         _check_parts(self)
@@ -254,7 +255,7 @@ class Trainer:
         `ValueError` when that run is not this one, `OSError` when it cannot be written."""
         self.folder.resume(LOOKING) if resume else self.folder.begin(overwrite)
         with (in_mode(self.model, training=True), closing(RunLog(self.folder.path, self.state)) as log,
-              Interruption() as stop, closing(Progress(self.state, self.config.steps, self.show)) as progress):
+              Interruption() as stop, closing(Progress(self.state, self.config.steps, self.show, self.unit)) as progress):
             while self.state.step < self.config.steps:
                 self.stepper.update(micro_batches(self.batches, self.state.step, self.config.accumulation))
                 _after_step(self, log, stop)

@@ -56,12 +56,12 @@ def settle(
                                      "learning_rate, lengthen warmup_steps, set clip_norm, or look for bad data")
         state.recent.append([loss, norm, count])
 
-# %% ../../nbs/3_training/03_watching.ipynb #e996e4be
+# %% ../../nbs/3_training/03_watching.ipynb #20926e47
 def make_row(
     state: RunState,  # a run that has made steps since its last row; they are summed up and forgotten
     validation_loss: float | None = None,  # if it has just been measured
 ) -> dict[str, Any]:  # one value per column
-    """Sum up the steps since the last row: mean loss, longest gradient, targets scored per second."""
+    """Sum up the steps since the last row: mean loss, longest gradient, targets (of a language model: tokens) per second."""
     losses, norms, counts = zip(*state.recent)
     since = state.history[-1]["seconds"] if state.history else 0.0
     values = (state.step, math.fsum(losses) / len(losses), validation_loss, state.optimizer.param_groups[0]["lr"],
@@ -187,7 +187,7 @@ def plot_history(
     axes.set(xlabel="step", ylabel="loss")
     return axes
 
-# %% ../../nbs/3_training/03_watching.ipynb #bbae7a1c
+# %% ../../nbs/3_training/03_watching.ipynb #8ff40af5
 class Progress:
     """How a run is going: a bar in a terminal, a line and a live loss curve in a notebook, nothing elsewhere."""
 
@@ -196,8 +196,9 @@ class Progress:
         state: RunState,  # the run to watch
         total: int,  # steps that it will have at its end
         show: bool = True,  # whether to show anything
+        unit: str = "tokens",  # what the loss counts
     ) -> None:
-        self.state, self.total, self.handles = state, total, {}
+        self.state, self.total, self.unit, self.handles = state, total, unit, {}
         self.notebook = show and in_notebook()
         self.bar = progress_bar(total=total, label="training", unit=" steps") if show and not self.notebook else None
         if self.bar is not None:
@@ -210,11 +211,11 @@ class Progress:
     ) -> None:
         """Show the latest step. A figure is redrawn about every second, and never for more than 5% of the time."""
         if self.bar is not None:
-            self.bar.set_postfix_str(_numbers(self.state.history), refresh=False)
+            self.bar.set_postfix_str(_numbers(self.state.history, self.unit), refresh=False)
             self.bar.update(self.state.step - self.bar.n)
         start = time.monotonic()
         if self.notebook and self.state.history and (last or start > self.due):
-            _display(self.handles, "line", {"text/plain": _line(self.state, self.total)}, raw=True)
+            _display(self.handles, "line", {"text/plain": _line(self.state, self.total, self.unit)}, raw=True)
             if importlib.util.find_spec("matplotlib"):
                 _display(self.handles, "curve", _figure(self.state, self.total))
             self.due = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
@@ -225,19 +226,19 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-# %% ../../nbs/3_training/03_watching.ipynb #a684bf0a
-def _numbers(history: list[dict[str, Any]]) -> str:
+# %% ../../nbs/3_training/03_watching.ipynb #c8e56294
+def _numbers(history: list[dict[str, Any]], unit: str) -> str:
     if not history:
         return ""
     checked = [row["validation_loss"] for row in history if row["validation_loss"] is not None]
     return (f"loss {history[-1]['loss']:.3f}" + (f" · validation {checked[-1]:.3f}" if checked else "")
-            + f" · {history[-1]['tokens_per_second']:,.0f} tokens/s")
+            + f" · {history[-1]['tokens_per_second']:,.0f} {unit}/s")
 
 
-def _line(state: RunState, total: int) -> str:
+def _line(state: RunState, total: int, unit: str) -> str:
     left = state.seconds / max(1, state.step) * (total - state.step)
     clock = f"{_clock(left)} left" if left else f"in {_clock(state.seconds)}"
-    return f"step {state.step:,} of {total:,} · {_numbers(state.history)} · {clock}"
+    return f"step {state.step:,} of {total:,} · {_numbers(state.history, unit)} · {clock}"
 
 
 def _figure(state: RunState, total: int) -> Any:
