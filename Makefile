@@ -30,7 +30,7 @@ demo: setup ## the first lesson without Jupyter: train a model on built-in text,
 	rm -rf runs/demo
 	.venv/bin/bigmodel train --out runs/demo --minutes 1
 	.venv/bin/bigmodel evaluate runs/demo
-	.venv/bin/bigmodel generate runs/demo --prompt "The "
+	.venv/bin/bigmodel generate runs/demo --prompt "The"
 
 export: setup ## write the package from the notebooks
 	.venv/bin/nbdev_export
