@@ -61,7 +61,7 @@ def make_row(
     state: RunState,  # a run that has made steps since its last row; they are summed up and forgotten
     validation_loss: float | None = None,  # if it has just been measured
 ) -> dict[str, Any]:  # one value per column
-    """Sum up the steps since the last row: mean loss, longest gradient, targets (of a language model: tokens) per second."""
+    """Sum up the steps since the last row: mean loss, longest gradient, targets per second (for language: tokens)."""
     losses, norms, counts = zip(*state.recent)
     since = state.history[-1]["seconds"] if state.history else 0.0
     values = (state.step, math.fsum(losses) / len(losses), validation_loss, state.optimizer.param_groups[0]["lr"],
@@ -75,7 +75,8 @@ def lowest_validation(
     state: RunState,  # a run
 ) -> float:  # infinite if it was never measured
     """Find the lowest validation loss of a run so far."""
-    return min((row["validation_loss"] for row in state.history if row["validation_loss"] is not None), default=math.inf)
+    losses = [row["validation_loss"] for row in state.history if row["validation_loss"] is not None]
+    return min(losses, default=math.inf)
 
 # %% ../../nbs/3_training/03_watching.ipynb #c1d4ee6e
 @contextmanager
