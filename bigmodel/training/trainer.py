@@ -254,11 +254,10 @@ class Trainer:
         Raises `FloatingPointError` when the loss explodes, `FileExistsError` when `out` holds a run already,
         `ValueError` when that run is not this one, `OSError` when it cannot be written."""
         self.folder.resume(LOOKING) if resume else self.folder.begin(overwrite)
-        steps, accumulation = self.config.steps, self.config.accumulation
-        with (in_mode(self.model, training=True), closing(RunLog(self.folder.path, self.state)) as log,
-              Interruption() as stop, closing(Progress(self.state, steps, self.show, self.unit)) as progress):
-            while self.state.step < steps:
-                self.stepper.update(micro_batches(self.batches, self.state.step, accumulation))
+        with (in_mode(self.model, True), closing(RunLog(self.folder.path, self.state)) as log, Interruption() as stop,
+              closing(Progress(self.state, self.config.steps, self.show, self.unit)) as progress):
+            while self.state.step < self.config.steps:
+                self.stepper.update(micro_batches(self.batches, self.state.step, self.config.accumulation))
                 _after_step(self, log, stop)
                 progress.update()
         return self.state.history
