@@ -145,8 +145,11 @@ def unclean(root: Path) -> list[str]:
         clean_nb(notebook, **allowed)
         if json.loads(nb2str(notebook)) != json.loads(path.read_text(encoding="utf-8")):
             found.append(f"{called(path, root)}: not clean; run nbdev_clean")
-        found += [f"{called(path, root)}, cell {number}: {what}"
-                  for number, cell in enumerate(cells(path)) for what in _bad_outputs(cell)]
+        where = defaultdict(list)
+        for number, cell in enumerate(cells(path)):
+            for what in _bad_outputs(cell):
+                where[what].append(str(number))
+        found += [f"{called(path, root)}, cell {', '.join(numbers)}: {what}" for what, numbers in where.items()]
     return found
 
 
@@ -342,8 +345,8 @@ def unmet_imports(root: Path) -> list[str]:
     for path in [*modules(root), *notebooks(root), *scripts]:
         trees = [parse_module(path)] if path.suffix == ".py" else [parse_cell(cell) for cell in cells(path)]
         nodes = [node for tree in trees for node in ast.walk(tree)]
-        written = set(re.findall(r"\b(\w+)\.py\b", path.read_text(encoding="utf-8")))  # by the lesson itself
-        own = {script.stem for script in scripts} | written
+        own = {script.stem for script in scripts}
+        own |= set(re.findall(r"\b(\w+)\.py\b", path.read_text(encoding="utf-8")))  # files that a lesson writes
         found += [f"{called(path, root)}: imports {name}, which is in no extra" for name in _missing(nodes, every | own)]
     return found
 
