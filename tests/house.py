@@ -347,7 +347,8 @@ def unmet_imports(root: Path) -> list[str]:
         nodes = [node for tree in trees for node in ast.walk(tree)]
         own = {script.stem for script in scripts}
         own |= set(re.findall(r"\b(\w+)\.py\b", path.read_text(encoding="utf-8")))  # files that a lesson writes
-        found += [f"{called(path, root)}: imports {name}, which is in no extra" for name in _missing(nodes, every | own)]
+        found += [f"{called(path, root)}: imports {name}, which is in no extra"
+                  for name in _missing(nodes, every | own)]
     return found
 
 
