@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core import write_aside
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #da61f8bc
+# %% ../../nbs/2_models/03_checkpoint.ipynb #9cfbf2bd
 def write_tensors(
     path: str | Path,  # the `.safetensors` file to create or replace
     tensors: Mapping[str, Tensor],  # what to store; tensors must not share memory
@@ -35,7 +35,7 @@ def write_tensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_aside(path) as aside:
         try:
-            save_file(contiguous, aside, metadata=dict(metadata or {}))
+            save_file(contiguous, aside, metadata=dict(metadata) if metadata else None)
         except RuntimeError as error:  # safetensors stores no memory twice
             shared = ", ".join(sorted(re.findall(r"'([^']*)'", str(error))))
             raise ValueError(f"tensors share memory ({shared}); store one, and tie them again after loading") from None
