@@ -6,13 +6,14 @@
 __all__ = ['COLORS', 'pick_device', 'pick_dtype', 'seed_everything', 'scaled', 'compact', 'write_aside', 'progress_bar',
            'in_notebook', 'cache_folder', 'find_data', 'plot_style']
 
-# %% ../nbs/core.ipynb #17d2a824
+# %% ../nbs/core.ipynb #b2cb2c25
 import hashlib
 import os
 import random
 import sys
 import tempfile
 import urllib.request
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,7 @@ def _mode_of_new_files() -> int:
     os.umask(mask)
     return 0o666 & ~mask
 
-# %% ../nbs/core.ipynb #60c7c29a
+# %% ../nbs/core.ipynb #a0833b74
 def progress_bar(
     items: Iterable | None = None,  # what to go through; leave out and call `update` by hand
     total: float | None = None,  # how many there will be, if `items` cannot tell
@@ -125,6 +126,9 @@ def progress_bar(
     return tqdm(items, total=total, desc=label or None, unit=unit, unit_scale=unit != "it", disable=not watched,
                 leave=False, dynamic_ncols=not in_notebook(), ncols=90 if in_notebook() else None, mininterval=0.2,
                 delay=1, file=sys.stderr)
+
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's advice to install widgets: not needed here
 
 
 def in_notebook() -> bool:  # whether a Jupyter kernel runs this code
@@ -186,7 +190,7 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
             raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
         _verify(aside, sha256, url)
 
-# %% ../nbs/core.ipynb #3e59f656
+# %% ../nbs/core.ipynb #c9a2c702
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8c8c8c"]  # Okabe & Ito, and a grey
 _GREY = "#7f7f7f"
 
@@ -196,7 +200,8 @@ def plot_style() -> None:
     import matplotlib as mpl
 
     mpl.rcParams.update({
-        "figure.figsize": (7.0, 3.2), "figure.dpi": 100, "figure.facecolor": "none", "figure.constrained_layout.use": True,
+        "figure.figsize": (7.0, 3.2), "figure.dpi": 100, "figure.facecolor": "none",
+        "figure.constrained_layout.use": True,
         "savefig.facecolor": "none", "savefig.transparent": True, "axes.facecolor": "none", "legend.frameon": False,
         "axes.prop_cycle": mpl.cycler(color=COLORS), "image.cmap": "cividis", "font.size": 10, "lines.linewidth": 1.8,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPT2_SIZES', 'GPT3_SIZES', 'GPTConfig', 'GPT']
 
-# %% ../../nbs/2_models/02_gpt.ipynb #37cbfc38
+# %% ../../nbs/2_models/02_gpt.ipynb #926c12bc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,18 +17,7 @@ from torch import Tensor, nn
 from .attention import ACTIVATIONS, KVCache, TransformerBlock
 from .checkpoint import Pretrained, Transposed, read_settings
 
-# %% ../../nbs/2_models/02_gpt.ipynb #3819468d
-# layers, hidden size, heads
-GPT2_SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "xl": (48, 1600, 25)}
-GPT3_SIZES = {  # Brown et al. 2020, table 2.1
-    "125M": (12, 768, 12), "350M": (24, 1024, 16), "760M": (24, 1536, 16),
-    "1.3B": (24, 2048, 16),  # the table says 24 heads of 128, which would be wider than the model
-    "2.7B": (32, 2560, 32), "6.7B": (32, 4096, 32),
-    "13B": (40, 5120, 40),  # the table says 5140, which 40 heads cannot share
-    "175B": (96, 12288, 96),
-}
-
-# %% ../../nbs/2_models/02_gpt.ipynb #f011ee01
+# %% ../../nbs/2_models/02_gpt.ipynb #08f9597a
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT. The defaults are GPT-2's smallest, with 124M parameters. [Radford et al. 2019]
@@ -90,14 +79,25 @@ class GPTConfig:
         """Translate into the words of transformers' `GPT2Config`."""
         return _to_huggingface(self)
 
-# %% ../../nbs/2_models/02_gpt.ipynb #d3614f9a
+# %% ../../nbs/2_models/02_gpt.ipynb #3819468d
+# layers, hidden size, heads
+GPT2_SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "xl": (48, 1600, 25)}
+GPT3_SIZES = {  # Brown et al. 2020, table 2.1
+    "125M": (12, 768, 12), "350M": (24, 1024, 16), "760M": (24, 1536, 16),
+    "1.3B": (24, 2048, 16),  # the table says 24 heads of 128, which would be wider than the model
+    "2.7B": (32, 2560, 32), "6.7B": (32, 4096, 32),
+    "13B": (40, 5120, 40),  # the table says 5140, which 40 heads cannot share
+    "175B": (96, 12288, 96),
+}
+
+# %% ../../nbs/2_models/02_gpt.ipynb #585c92c7
 def _preset(cls: type, sizes: Mapping[str, tuple[int, int, int]], size: str, fields: Mapping[str, Any]) -> Any:
     if size not in sizes:
         raise ValueError(f"unknown size {size!r}; expected one of {', '.join(sizes)}")
     layers, hidden, heads = sizes[size]
     return cls(**{"num_layers": layers, "hidden_size": hidden, "num_heads": heads} | dict(fields))
 
-
+# %% ../../nbs/2_models/02_gpt.ipynb #99a98aae
 def _check_config(config: GPTConfig) -> None:
     for field in ("vocab_size", "context_length", "hidden_size", "num_layers", "num_heads", "inner_size"):
         value = getattr(config, field)
@@ -182,7 +182,7 @@ class GPT(Pretrained, nn.Module):
                 raise ValueError(f"token id {int(low if low < 0 else high)} is out of range; "
                                  f"expected 0 to {self.config.vocab_size - 1} (is this the model's own tokenizer?)")
 
-# %% ../../nbs/2_models/02_gpt.ipynb #35d7f7c9
+# %% ../../nbs/2_models/02_gpt.ipynb #53167f8d
 def _block(config: GPTConfig, layer: int) -> TransformerBlock:
     scale = (config.hidden_size // config.num_heads) ** -0.5 if config.scale_attention else 1.0
     return TransformerBlock(
@@ -190,7 +190,7 @@ def _block(config: GPTConfig, layer: int) -> TransformerBlock:
         activation=config.activation, dropout=config.dropout, attention_dropout=config.attention_dropout,
         attention_scale=scale / (layer + 1) if config.scale_by_layer else scale, norm_epsilon=config.norm_epsilon)
 
-
+# %% ../../nbs/2_models/02_gpt.ipynb #dd01d1b2
 def _positions(tokens: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
     """Number the tokens, padding not counted, so that a padded text has the positions it has alone."""
     time = tokens.shape[1]
@@ -198,7 +198,7 @@ def _positions(tokens: Tensor, attention_mask: Tensor | None, seen: int) -> Tens
         return torch.arange(seen, seen + time, device=tokens.device)
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -time:]
 
-
+# %% ../../nbs/2_models/02_gpt.ipynb #f4782335
 def _initialize(model: GPT) -> None:
     """Draw all weights small, and those that add to the residual stream smaller still. [Radford et al. 2019]
 
@@ -232,7 +232,7 @@ GPT.tensor_names = {  # our name -> GPT-2's; its projections are stored input-fi
     "head.weight": "lm_head.weight",
 }
 
-# %% ../../nbs/2_models/02_gpt.ipynb #f246ea53
+# %% ../../nbs/2_models/02_gpt.ipynb #3b04c382
 _FIELDS = {  # ours -> GPT2Config's
     "vocab_size": "vocab_size", "context_length": "n_positions", "hidden_size": "n_embd", "num_layers": "n_layer",
     "num_heads": "n_head", "inner_size": "n_inner", "activation": "activation_function", "dropout": "resid_pdrop",
@@ -247,7 +247,7 @@ _REQUIRED = {"model_type": "gpt2", "add_cross_attention": False, "is_encoder_dec
 _IGNORED = ("summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
             "reorder_and_upcast_attn is_decoder").split()  # the same numbers in float32
 
-
+# %% ../../nbs/2_models/02_gpt.ipynb #3a134fb5
 def _from_huggingface(cls: type, settings: Mapping[str, Any]) -> GPTConfig:
     fields = _DEFAULTS | read_settings(settings, _FIELDS, _REQUIRED, _IGNORED)
     fields["activation"] = _ACTIVATIONS.get(name := fields.get("activation", "gelu_new"), name)
