@@ -15,8 +15,8 @@ import typer
 
 from . import __version__
 
-# %% ../nbs/cli.ipynb #08168328
-app = typer.Typer(help="Train, evaluate and run language models of your own: the course's pipeline as commands.",
+# %% ../nbs/cli.ipynb #b14688fa
+app = typer.Typer(help="Train, evaluate and run language models of your own.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 # %% ../nbs/cli.ipynb #686e5bcc

@@ -60,8 +60,8 @@ class Plan:
         except TypeError:
             raise ValueError(f"{run / 'run.json'} does not describe a run; start a new one in another folder") from None
 
-# %% ../nbs/pipeline.ipynb #35ce4a4c
-_SPLIT_SEED = 2  # holds out about a tenth of the characters of the built-in reference, whose topics differ in size
+# %% ../nbs/pipeline.ipynb #57cb3af8
+_SPLIT_SEED = 2  # holds out about a tenth of the built-in reference's characters, though its topics differ in size
 
 
 def read_documents(

@@ -13,7 +13,7 @@ import pytest
 PROGRAM = [sys.executable, "-c", "from bigmodel.cli import main; main()"]
 TINY = ["--layers", "1", "--hidden-size", "16", "--heads", "2", "--context-length", "16", "--batch-size", "4",
         "--vocab-size", "300"]
-SENTENCES = ["the cat sat on the mat", "a dog ran in the park", "rain falls softly on the old town", "her ship came home"]
+SENTENCES = ["the cat sat on the mat", "a dog ran in the park", "rain falls softly on the town", "her ship came home"]
 
 
 def environment() -> dict[str, str]:
@@ -42,6 +42,8 @@ def run(text) -> Path:
 
 
 def losses(folder: Path) -> list[tuple[str, str]]:
+    if not (folder / "log.csv").exists():
+        return []
     with open(folder / "log.csv") as file:
         return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
 
@@ -93,7 +95,7 @@ def test_killed_run_resumes_to_the_same_curve(text, tmp_path):
     assert bigmodel("train", "--out", tmp_path / "whole", *settings).returncode == 0
     process = subprocess.Popen([*PROGRAM, "train", "--out", tmp_path / "killed", *map(str, settings)],
                                stdout=subprocess.DEVNULL, env=environment())
-    while process.poll() is None and len(losses(tmp_path / "killed") if (tmp_path / "killed/log.csv").exists() else []) < 3:
+    while process.poll() is None and len(losses(tmp_path / "killed")) < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed: give it more steps"
@@ -105,8 +107,8 @@ def test_killed_run_resumes_to_the_same_curve(text, tmp_path):
 
 
 def test_interrupt_saves_and_says_how_to_go_on(text, tmp_path):
-    process = subprocess.Popen([*PROGRAM, "train", "--out", tmp_path / "run", "--data", text, "--steps", "100000", *TINY],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+    endless = [*PROGRAM, "train", "--out", tmp_path / "run", "--data", text, "--steps", "100000", *TINY]
+    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
     while not (tmp_path / "run/log.csv").exists():
         time.sleep(0.02)
     time.sleep(0.5)
@@ -132,7 +134,8 @@ def test_unusable_text(tmp_path, content, says):
 
 def test_unknown_paths_and_names(run, tmp_path):
     assert "nowhere.txt" in one_line_error(bigmodel("train", "--data", "nowhere.txt", "--out", tmp_path / "run"))
-    assert "python-reference" in one_line_error(bigmodel("train", "--data", "no-such-corpus", "--out", tmp_path / "run"))
+    unknown = bigmodel("train", "--data", "no-such-corpus", "--out", tmp_path / "run")
+    assert "python-reference" in one_line_error(unknown)
     assert "bigmodel train" in one_line_error(bigmodel("generate", tmp_path / "nowhere"))
     assert "run.json" in one_line_error(bigmodel("train", "--resume", "--out", tmp_path / "nowhere"))
     assert "already" in one_line_error(bigmodel("train", "--out", run))

@@ -6,7 +6,7 @@
 __all__ = ['write_tensors', 'read_tensors', 'read_json', 'write_json', 'read_weights', 'find_checkpoint', 'Transposed',
            'to_stored', 'from_stored', 'read_settings', 'Pretrained']
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #2b5eaaee
+# %% ../../nbs/2_models/03_checkpoint.ipynb #3e6f12b4
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..core import write_aside
 
@@ -80,7 +81,7 @@ def write_json(
     with write_aside(path) as aside:
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #b6822421
+# %% ../../nbs/2_models/03_checkpoint.ipynb #c7708ccb
 def read_weights(
     folder: str | Path,  # a checkpoint folder: one model.safetensors, or several files with an index
 ) -> dict[str, Tensor]:  # all tensors, by the names in the files
@@ -98,12 +99,10 @@ def read_weights(
 
 def _read_parts(index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} has no weight_map; expected the file of each tensor by name")
+    if not isinstance(places, dict) or not places or any(Path(str(part)).name != part for part in places.values()):
+        raise ValueError(f"{index}: expected a weight_map, which gives for each tensor the name of a file beside it")
     tensors = {}
-    for part in sorted({str(part) for part in places.values()}):
-        if Path(part).name != part:
-            raise ValueError(f"{index} names the file {part!r}; expected the name of a file beside it")
+    for part in sorted(set(places.values())):
         held = read_tensors(index.parent / part)[0]
         astray = sorted(held.keys() ^ {name for name, place in places.items() if place == part})
         if astray:
@@ -147,14 +146,12 @@ def _lookup(ours: str, names: Mapping[str, str | Transposed]) -> tuple[str, bool
         name = name.replace("*", number, 1)
     return name, isinstance(entry, Transposed)
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #8db6b8be
+# %% ../../nbs/2_models/03_checkpoint.ipynb #9449e628
 def to_stored(
     tensors: Mapping[str, Tensor],  # by our names
     names: Mapping[str, str | Transposed],  # our name -> name in the file; `*` stands for a number
 ) -> dict[str, Tensor]:  # by the names of the file
-    """Rename (and where needed transpose) tensors for a file.
-
-    Raises `ValueError` when the table lacks a name, or gives the same one twice."""
+    """Rename (where needed transpose) tensors for a file. Raises `ValueError` for a gap or a double in the table."""
     stored = {}
     for ours, tensor in tensors.items():
         theirs, flipped = _lookup(ours, names)
@@ -193,7 +190,7 @@ def from_stored(
         raise ValueError("the weights do not fit the model: " + "; ".join(problems))
     return found
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #9d7725ae
+# %% ../../nbs/2_models/03_checkpoint.ipynb #290a771f
 _HARMLESS = frozenset(  # what transformers writes into a config.json without changing what the model computes
     "architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id "
     "sep_token_id decoder_start_token_id initializer_range task_specific_params output_attentions output_hidden_states "
@@ -211,9 +208,7 @@ def read_settings(
     required: Mapping[str, Any],  # fields which must have this value, or be absent
     ignored: Iterable[str] = (),  # further fields that do not change what the model computes
 ) -> dict[str, Any]:  # our fields, those that the file has
-    """Translate the fields of a config.json, refusing what a model cannot represent.
-
-    Raises `ValueError` naming the field whose value, or whose existence, the model cannot honour."""
+    """Translate the fields of a config.json. Raises `ValueError` naming one that the model cannot honour."""
     known = set(names.values()) | set(required) | set(ignored) | _HARMLESS
     for field, value in settings.items():
         if field in required and value != required[field]:
@@ -223,11 +218,20 @@ def read_settings(
             raise ValueError(f"config.json has {field} = {value!r}, a field that this model does not know")
     return {ours: settings[theirs] for ours, theirs in names.items() if theirs in settings}
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #02683762
+# %% ../../nbs/2_models/03_checkpoint.ipynb #eb5d1553
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the drawing of initial weights, which on the meta device does nothing, after a second of imports."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("normal_", "uniform_"):  # the methods, and those of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def _load(model_class: type, folder: Path, dtype: torch.dtype) -> "Pretrained":
     """Build a model without memory and give it the tensors of a folder, once they are seen to fit."""
     config, stored = model_class.config_class.from_huggingface(read_json(folder / "config.json")), read_weights(folder)
-    with torch.device("meta"):  # no memory yet, no initialisation
+    with torch.device("meta"), _Unfilled():  # no memory yet, and no random numbers
         model = model_class(config)
     theirs = {ours: _lookup(ours, model.tensor_names)[0] for ours in model.state_dict()}
     prefix, wanted, unique = model.base_prefix, set(theirs.values()), model.unique_tensors()
@@ -256,11 +260,9 @@ def _tied(model: "Pretrained") -> dict[str, str]:
     first = {id(tensor): name for name, tensor in reversed(named.items())}
     return {name: first[id(tensor)] for name, tensor in named.items() if first[id(tensor)] != name}
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #d063cc61
+# %% ../../nbs/2_models/03_checkpoint.ipynb #f474c0c9
 class Pretrained:
-    """What makes a module loadable and savable: `from_pretrained` and `save_pretrained`.
-
-    A model names its `config_class`, which has `from_huggingface` and `to_huggingface`, and its `tensor_names`."""
+    """Loads and saves a module that names its `tensor_names` and its `config_class`, which translates settings."""
     config_class: ClassVar[type]
     tensor_names: ClassVar[Mapping[str, str | Transposed]]  # our name -> name in the file
     ignored_tensors: ClassVar[tuple[str, ...]] = ()  # regular expressions: old buffers that carry no weights
@@ -272,9 +274,7 @@ class Pretrained:
         source: str | Path,  # a local folder, or a name on the Hugging Face hub
         dtype: torch.dtype = torch.float32,  # of the weights in memory, whatever the file has
     ) -> "Pretrained":  # the model, in evaluation mode
-        """Load a model from what `save_pretrained` or transformers has written.
-
-        Raises `FileNotFoundError` when something is missing, `ValueError` naming what does not fit."""
+        """Load what anybody saved. Raises `FileNotFoundError` or `ValueError` naming what is missing or does not fit."""
         return _load(cls, find_checkpoint(source), dtype)
 
     def save_pretrained(
