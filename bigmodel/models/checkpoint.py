@@ -260,7 +260,7 @@ def _tied(model: "Pretrained") -> dict[str, str]:
     first = {id(tensor): name for name, tensor in reversed(named.items())}
     return {name: first[id(tensor)] for name, tensor in named.items() if first[id(tensor)] != name}
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #f474c0c9
+# %% ../../nbs/2_models/03_checkpoint.ipynb #0f1a8e04
 class Pretrained:
     """Loads and saves a module that names its `tensor_names` and its `config_class`, which translates settings."""
     config_class: ClassVar[type]
@@ -274,7 +274,7 @@ class Pretrained:
         source: str | Path,  # a local folder, or a name on the Hugging Face hub
         dtype: torch.dtype = torch.float32,  # of the weights in memory, whatever the file has
     ) -> "Pretrained":  # the model, in evaluation mode
-        """Load what anybody saved. Raises `FileNotFoundError` or `ValueError` naming what is missing or does not fit."""
+        """Load a saved model. Raises `FileNotFoundError` or `ValueError` naming what is missing or does not fit."""
         return _load(cls, find_checkpoint(source), dtype)
 
     def save_pretrained(
