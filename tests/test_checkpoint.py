@@ -6,6 +6,8 @@ import pickle
 import shutil
 import stat
 import struct
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -518,6 +520,14 @@ def test_loading_does_not_disturb_the_random_numbers(folder):
     torch.manual_seed(3)
     GPT.from_pretrained(folder)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_loading_does_not_import_half_of_pytorch(folder):
+    """Random numbers on the meta device would bring in 800 modules, which takes a second."""
+    program = ("import sys; from bigmodel.models.gpt import GPT; before = len(sys.modules)\n"
+               f"GPT.from_pretrained({str(folder)!r}); print(len(sys.modules) - before)")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 100
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
