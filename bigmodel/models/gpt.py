@@ -97,11 +97,11 @@ def _preset(cls: type, sizes: Mapping[str, tuple[int, int, int]], size: str, fie
     layers, hidden, heads = sizes[size]
     return cls(**{"num_layers": layers, "hidden_size": hidden, "num_heads": heads} | dict(fields))
 
-# %% ../../nbs/2_models/02_gpt.ipynb #99a98aae
+# %% ../../nbs/2_models/02_gpt.ipynb #cd364c25
 def _check_config(config: GPTConfig) -> None:
     for field in ("vocab_size", "context_length", "hidden_size", "num_layers", "num_heads", "inner_size"):
         value = getattr(config, field)
-        if not (isinstance(value, int) and value >= 1 or field == "inner_size" and value is None):
+        if not (type(value) is int and value >= 1 or field == "inner_size" and value is None):
             raise ValueError(f"{field} is {value!r}; expected a positive integer")
     if config.hidden_size % config.num_heads:
         raise ValueError(f"hidden_size {config.hidden_size} cannot be shared among num_heads {config.num_heads}; "
@@ -109,13 +109,18 @@ def _check_config(config: GPTConfig) -> None:
     if config.activation not in ACTIVATIONS:
         raise ValueError(f"activation is {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     for field in ("dropout", "embedding_dropout", "attention_dropout"):
-        if not 0 <= getattr(config, field) < 1:
-            raise ValueError(f"{field} is {getattr(config, field)!r}; expected a probability below 1")
+        if not (_is_number(value := getattr(config, field)) and 0 <= value < 1):
+            raise ValueError(f"{field} is {value!r}; expected a probability below 1")
     for field in ("norm_epsilon", "initializer_range"):
-        if not getattr(config, field) > 0:
-            raise ValueError(f"{field} is {getattr(config, field)!r}; expected a positive number")
-    if config.end_of_text is not None and not 0 <= config.end_of_text < config.vocab_size:
-        raise ValueError(f"end_of_text is {config.end_of_text}; expected an id below vocab_size {config.vocab_size}")
+        if not (_is_number(value := getattr(config, field)) and 0 < value < float("inf")):
+            raise ValueError(f"{field} is {value!r}; expected a positive number")
+    end = config.end_of_text
+    if end is not None and not (type(end) is int and 0 <= end < config.vocab_size):
+        raise ValueError(f"end_of_text is {end!r}; expected None, or an id below vocab_size {config.vocab_size}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 # %% ../../nbs/2_models/02_gpt.ipynb #ba071284
 class GPT(Pretrained, nn.Module):
