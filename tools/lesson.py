@@ -25,6 +25,8 @@ def run(path: Path) -> None:
     start = time.time()
     client.execute()
     print(f" in {time.time() - start:.0f} s")
+    for cell in code:  # a progress bar that has gone leaves a blank line behind
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text.strip()]
     aside = path.with_name(f".{path.name}")
     nbformat.write(notebook, aside)
     clean = read_nb(aside)
