@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'main']
 
-# %% ../nbs/cli.ipynb #9a21d5c0
+# %% ../nbs/cli.ipynb #9e5f395a
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +16,9 @@ import typer
 
 from . import __version__
 
-# %% ../nbs/cli.ipynb #b14688fa
-app = typer.Typer(help="Train, evaluate and run language models of your own.",
-                  no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+# %% ../nbs/cli.ipynb #77b09e99
+app = typer.Typer(help="Train, evaluate and run language models of your own.", no_args_is_help=True,
+                  add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 # %% ../nbs/cli.ipynb #686e5bcc
 @app.command("train")
@@ -63,7 +64,7 @@ def _train(
           f"{rows[-1]['validation_loss']:.3f}, {rows[-1]['tokens_per_second']:,.0f} tokens/s")
     _show_result(run)
 
-# %% ../nbs/cli.ipynb #2f70c682
+# %% ../nbs/cli.ipynb #cbcc4160
 def _describe(run: Any) -> None:
     from bigmodel.core import compact
 
@@ -83,12 +84,12 @@ def _show_result(run: Any) -> None:
     from bigmodel.evaluation.language import compressed_bits_per_byte, score_text
 
     score = score_text(run.model, run.tokenizer, run.validation)
-    packed = compressed_bits_per_byte(run.validation, "gzip")
+    packed, folder = compressed_bits_per_byte(run.validation, "gzip"), shlex.quote(str(run.folder))
     sample = complete(run.model, run.tokenizer, "", 80, temperature=0.8, seed=0).strip().replace("\n", "\n           ")
     print(f"score      {score.bits_per_byte:.3f} bits per byte of held-out text (gzip: {packed:.3f})\n"
           f"sample     {sample}\n\n"
-          f'next       bigmodel generate {run.folder} --prompt "The"\n'
-          f"           bigmodel evaluate {run.folder}\n"
+          f'next       bigmodel generate {folder} --prompt "The"\n'
+          f"           bigmodel evaluate {folder}\n"
           f"           transformers: AutoModelForCausalLM.from_pretrained({str(run.folder)!r})")
 
 # %% ../nbs/cli.ipynb #a77c9684

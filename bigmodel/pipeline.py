@@ -6,10 +6,11 @@
 __all__ = ['DEFAULT_SHAPE', 'Plan', 'read_documents', 'fingerprint', 'default_vocab_size', 'plan_steps', 'Run', 'start_run',
            'resume_run']
 
-# %% ../nbs/pipeline.ipynb #c7710235
+# %% ../nbs/pipeline.ipynb #ba1d111a
 import copy
 import hashlib
 import os
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .models.gpt import GPT, GPTConfig
 from .training.runs import CHECKPOINT
 from .training.trainer import Trainer, TrainerConfig, next_token_loss
 
-# %% ../nbs/pipeline.ipynb #4536babe
+# %% ../nbs/pipeline.ipynb #716a2c67
 @dataclass(frozen=True)
 class Plan:
     """What decides a training run, from the text to the last step."""
@@ -40,8 +41,6 @@ class Plan:
         run: Path,  # the run's folder
     ) -> None:
         """Write the plan into the run's folder."""
-        from bigmodel.models.checkpoint import write_json
-
         write_json(run / "run.json", asdict(self))
 
     @classmethod
@@ -49,12 +48,12 @@ class Plan:
         cls,
         run: Path,  # the run's folder
     ) -> "Plan":  # as it was saved
-        """Read the plan of a run. Raises `FileNotFoundError` when the folder holds none, `ValueError` for a damaged one."""
-        from bigmodel.models.checkpoint import read_json
+        """Read the plan of a run.
 
+        Raises `FileNotFoundError` when the folder holds none, `ValueError` for a damaged one."""
         if not (run / "run.json").is_file():
             raise FileNotFoundError(f"{run} holds no training run (there is no run.json in it); "
-                                    "start one with: bigmodel train --out " + str(run))
+                                    "start one with: bigmodel train --out " + shlex.quote(str(run)))
         try:
             return cls(**read_json(run / "run.json"))
         except TypeError:
@@ -142,7 +141,7 @@ class Run:
                           self.tokenizer.save)
         return trainer.fit(resume=(self.folder / CHECKPOINT).exists())
 
-# %% ../nbs/pipeline.ipynb #5e6ff656
+# %% ../nbs/pipeline.ipynb #7f00ff9b
 def start_run(
     folder: str | Path,  # where it shall live; may exist, but not hold a run
     data: str = "python-reference",  # a file, a folder of text files, or the name of a built-in corpus
@@ -159,8 +158,8 @@ def start_run(
     Raises `FileExistsError` when the folder holds a run, `ValueError` when the text or a setting cannot be used."""
     folder = Path(folder)
     if (folder / CHECKPOINT).exists() or (folder / "run.json").exists():
-        raise FileExistsError(f"{folder} holds a run already; go on with it: bigmodel train --resume --out {folder} "
-                              "(in Python: resume_run), or choose another folder")
+        raise FileExistsError(f"{folder} holds a run already; go on with it: bigmodel train --resume --out "
+                              f"{shlex.quote(str(folder))} (in Python: resume_run), or choose another folder")
     if steps is None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}; expected a positive number")
     train, validation = read_documents(data)
