@@ -374,6 +374,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bigmodel.pipeline.Run': ('pipeline.html#run', 'bigmodel/pipeline.py'),
                                    'bigmodel.pipeline.Run.batches': ('pipeline.html#run.batches', 'bigmodel/pipeline.py'),
                                    'bigmodel.pipeline.Run.fit': ('pipeline.html#run.fit', 'bigmodel/pipeline.py'),
+                                   'bigmodel.pipeline.Run.trainer': ('pipeline.html#run.trainer', 'bigmodel/pipeline.py'),
                                    'bigmodel.pipeline.default_vocab_size': ('pipeline.html#default_vocab_size', 'bigmodel/pipeline.py'),
                                    'bigmodel.pipeline.fingerprint': ('pipeline.html#fingerprint', 'bigmodel/pipeline.py'),
                                    'bigmodel.pipeline.plan_steps': ('pipeline.html#plan_steps', 'bigmodel/pipeline.py'),

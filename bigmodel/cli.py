@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'main']
 
-# %% ../nbs/cli.ipynb #9e5f395a
+# %% ../nbs/cli.ipynb #8a65fae5
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from . import __version__
 app = typer.Typer(help="Train, evaluate and run language models of your own.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-# %% ../nbs/cli.ipynb #686e5bcc
+# %% ../nbs/cli.ipynb #b2331baf
 @app.command("train")
 def _train(
     out: Annotated[Path, typer.Option(help="Folder for the run; made if need be.")],
@@ -59,7 +60,12 @@ def _train(
         run = start_run(out, data, minutes, steps, vocab_size, batch_size, learning_rate, seed, num_layers=layers,
                         context_length=context_length, hidden_size=hidden_size, num_heads=heads)
     _describe(run)
-    rows = run.fit()
+    try:
+        rows = run.fit()
+    except (KeyboardInterrupt, OSError) as stop:  # the trainer speaks to programmers: say it for the command line
+        message = str(stop).replace("fit(resume=True)", f"bigmodel train --resume --out {shlex.quote(str(out))}")
+        print(message if isinstance(stop, KeyboardInterrupt) else f"error: {message}", file=sys.stderr)
+        raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 1) from stop
     print(f"           loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}, held out "
           f"{rows[-1]['validation_loss']:.3f}, {rows[-1]['tokens_per_second']:,.0f} tokens/s")
     _show_result(run)
@@ -177,7 +183,7 @@ def _progress(
 
     print(progress(folder))
 
-# %% ../nbs/cli.ipynb #2cefe223
+# %% ../nbs/cli.ipynb #45f91f52
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"bigmodel {__version__}")
@@ -191,12 +197,10 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 
 def main() -> None:
-    """Run the command line: errors become one line on standard error and exit status 1, Ctrl-C becomes 130."""
+    """Run the command line: an error becomes one line on standard error and exit status 1."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         app()
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         if os.environ.get("BIGMODEL_DEBUG"):
             raise

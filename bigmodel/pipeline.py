@@ -114,7 +114,7 @@ def plan_steps(
     seconds = (rows[-1]["seconds"] - rows[1]["seconds"]) / (rows[-1]["step"] - rows[1]["step"])
     return max(1, round(60 * minutes / seconds))
 
-# %% ../nbs/pipeline.ipynb #5597afee
+# %% ../nbs/pipeline.ipynb #0dd9b7d9
 @dataclass
 class Run:
     """A training run made ready, new or taken up again."""
@@ -131,17 +131,19 @@ class Run:
         return TokenBatches(self.tokenizer.encode_documents(self.train), self.model.config.context_length,
                             self.plan.batch_size, self.plan.seed)
 
-    def fit(self) -> list[dict[str, Any]]:  # the rows of the log
-        """Train to the last step, from wherever the folder stands. The errors are those of `Trainer.fit`."""
+    def trainer(self) -> Trainer:  # has not begun
+        """Make the trainer of this run. Raises `ValueError` when text and settings do not fit together."""
         length, every = self.model.config.context_length, max(1, self.plan.steps // 5)
         held_out = SequentialBatches(self.tokenizer.encode_documents(self.validation), length, self.plan.batch_size)
         config = TrainerConfig(steps=self.plan.steps, learning_rate=self.plan.learning_rate, seed=self.plan.seed,
                                evaluate_every=every, save_every=every)
-        trainer = Trainer(self.model, next_token_loss, self.batches(), config, held_out, self.folder,
-                          self.tokenizer.save)
-        return trainer.fit(resume=(self.folder / CHECKPOINT).exists())
+        return Trainer(self.model, next_token_loss, self.batches(), config, held_out, self.folder, self.tokenizer.save)
 
-# %% ../nbs/pipeline.ipynb #7f00ff9b
+    def fit(self) -> list[dict[str, Any]]:  # the rows of the log
+        """Train to the last step, from wherever the folder stands. The errors are those of `Trainer.fit`."""
+        return self.trainer().fit(resume=(self.folder / CHECKPOINT).exists())
+
+# %% ../nbs/pipeline.ipynb #0dae9d10
 def start_run(
     folder: str | Path,  # where it shall live; may exist, but not hold a run
     data: str = "python-reference",  # a file, a folder of text files, or the name of a built-in corpus
@@ -174,6 +176,7 @@ def start_run(
     run = Run(folder, plan, train, validation, tokenizer, model)
     if steps is None:
         run.plan = replace(plan, steps=plan_steps(model, run.batches(), minutes))
+    run.trainer()  # whatever cannot work fails here, before anything is written
     write_json(folder / "config.json", model.config.to_huggingface())
     tokenizer.save(folder)
     run.plan.save(folder)
