@@ -70,7 +70,7 @@ def _train(
           f"{rows[-1]['validation_loss']:.3f}, {rows[-1]['tokens_per_second']:,.0f} tokens/s")
     _show_result(run)
 
-# %% ../nbs/cli.ipynb #cbcc4160
+# %% ../nbs/cli.ipynb #e70f6ca1
 def _describe(run: Any) -> None:
     from bigmodel.core import compact
 
@@ -91,9 +91,10 @@ def _show_result(run: Any) -> None:
 
     score = score_text(run.model, run.tokenizer, run.validation)
     packed, folder = compressed_bits_per_byte(run.validation, "gzip"), shlex.quote(str(run.folder))
-    sample = complete(run.model, run.tokenizer, "", 80, temperature=0.8, seed=0).strip().replace("\n", "\n           ")
+    prompt = " ".join(run.validation[0].split()[:5])  # a beginning that the model has never seen
+    sample = prompt + complete(run.model, run.tokenizer, prompt, 80, temperature=0.8, seed=0).rstrip()
     print(f"score      {score.bits_per_byte:.3f} bits per byte of held-out text (gzip: {packed:.3f})\n"
-          f"sample     {sample}\n\n"
+          "sample     " + sample.replace("\n", "\n           ") + "\n\n"
           f'next       bigmodel generate {folder} --prompt "The"\n'
           f"           bigmodel evaluate {folder}\n"
           f"           transformers: AutoModelForCausalLM.from_pretrained({str(run.folder)!r})")
