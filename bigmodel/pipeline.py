@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .core import seed_everything
+from .core import read_json, seed_everything, write_json
 from .data.batches import SequentialBatches, TokenBatches
 from .data.corpus import (clean, deduplicate, drop_repeated_paragraphs, hash_text, load_corpus, read_text,
                                   split, split_in_order)
 from .data.tokenizer import Tokenizer
-from .models.checkpoint import read_json, write_json
 from .models.gpt import GPT, GPTConfig
 from .training.runs import CHECKPOINT
 from .training.trainer import Trainer, TrainerConfig, next_token_loss

@@ -18,17 +18,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import bigmodel.models.checkpoint as module
+from bigmodel.core import find_checkpoint, read_json, write_json
 from bigmodel.models.checkpoint import (
     Pretrained,
     Transposed,
-    find_checkpoint,
     from_stored,
-    read_json,
     read_settings,
     read_tensors,
     read_weights,
     to_stored,
-    write_json,
     write_tensors,
 )
 from bigmodel.models.gpt import GPT, GPTConfig
@@ -172,7 +170,7 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch, write, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
-    monkeypatch.setattr(module.json, "dumps", full)
+    monkeypatch.setattr(json, "dumps", full)
     with pytest.raises(OSError, match="No space left"):
         write(path)
     assert path.read_bytes() == before
@@ -209,7 +207,7 @@ def test_files_have_the_permissions_of_any_new_file(folder):
 
 
 @pytest.mark.parametrize("content, said", [
-    ("{", "not valid JSON"), ("[1]", "holds a list"), ("\ufeff\x00", "not valid JSON"), ("", "not valid JSON"),
+    ("{", "not JSON"), ("[1]", "holds a list"), ("\ufeff\x00", "not valid JSON"), ("", "not valid JSON"),
     ("null", "holds a NoneType")])
 def test_a_bad_json_file_is_named(tmp_path, content, said):
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
@@ -220,7 +218,7 @@ def test_a_bad_json_file_is_named(tmp_path, content, said):
 
 def test_json_that_is_no_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(ValueError, match="not valid JSON") as error:
+    with pytest.raises(ValueError, match="not JSON") as error:
         read_json(tmp_path / "config.json")
     say(error)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'BPE', 'Tokenizer', 'StreamDecoder']
 
-# %% ../../nbs/1_data/03_tokenizer.ipynb #f133d2df
+# %% ../../nbs/1_data/03_tokenizer.ipynb #b285af5d
 import codecs
 import json
 import warnings
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from ..core import progress_bar, write_aside
+from ..core import progress_bar, read_json, write_aside
 from bigmodel.data.bpe import (
     BYTE_ORDER,
     Vocabulary,
@@ -139,16 +139,6 @@ def _refuse_foreign(file: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {found!r}, expected {expected!r}: only byte-level BPE with GPT-2's split is "
                              "read here; load others with the tokenizers package")
 
-# %% ../../nbs/1_data/03_tokenizer.ipynb #fb4cf9fb
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged or cut short, it is not JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
-    return content
-
 # %% ../../nbs/1_data/03_tokenizer.ipynb #43040203
 def _arguments(file: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """What `BPE` wants to know, from the contents of the two files."""
@@ -167,7 +157,7 @@ def _arguments(file: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     end = end["content"] if isinstance(end, dict) else end
     return {"merges": merges, "special_tokens": special, "ids": ids, "end_of_text": end if end in special else None}
 
-# %% ../../nbs/1_data/03_tokenizer.ipynb #325337ec
+# %% ../../nbs/1_data/03_tokenizer.ipynb #f43eb6b8
 class _Files:
     """Saving and loading, for `Tokenizer`."""
 
@@ -197,7 +187,7 @@ class _Files:
         if not path.is_file():
             raise FileNotFoundError(f"there is no tokenizer.json in {folder}; expected a folder that Tokenizer.save or "
                                     "a Hugging Face tokenizer's save_pretrained has written")
-        file, config = _read_json(path), _read_json(beside) if beside.is_file() else {}
+        file, config = read_json(path), read_json(beside) if beside.is_file() else {}
         try:
             tokenizer = cls(**_arguments(file, config))
             longest = config.get("model_max_length") or 0

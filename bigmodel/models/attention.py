@@ -78,7 +78,7 @@ class LayerCache:
             buffer[:, :, :self.length] = old[:, :, :self.length]
         return buffer
 
-# %% ../../nbs/2_models/01_attention.ipynb #87a58d2c
+# %% ../../nbs/2_models/01_attention.ipynb #c7d3b302
 class MultiHeadAttention(nn.Module):
     """Several attentions side by side, each on its own slice of the hidden vector. [Vaswani et al. 2017]
 
@@ -91,13 +91,14 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,  # whether a token may look only backwards
         dropout: float = 0.0,  # probability of dropping an attention weight in training
         scale: float | None = None,  # factor on the scores; by default 1/sqrt(hidden_size / num_heads)
+        qkv_bias: bool = True,  # whether query, key and value have a bias
     ):
         super().__init__()
         if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} cannot be shared among {num_heads} heads; "
                              "expected a multiple of num_heads")
         self.num_heads, self.causal, self.dropout, self.scale = num_heads, causal, dropout, scale
-        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)  # one matmul for all three
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)  # one matmul for all three
         self.output = nn.Linear(hidden_size, hidden_size)
 
     def forward(
@@ -154,7 +155,7 @@ class FeedForward(nn.Module):
         """Transform every token vector by the same two-layer network."""
         return self.contract(self.activation(self.expand(x)))
 
-# %% ../../nbs/2_models/01_attention.ipynb #af565a59
+# %% ../../nbs/2_models/01_attention.ipynb #5ac0311e
 class TransformerBlock(nn.Module):
     """Attention, then a feed-forward network, each on a normalised copy and added back. [Radford et al. 2019]
 
@@ -173,10 +174,12 @@ class TransformerBlock(nn.Module):
         attention_dropout: float = 0.0,  # on the attention weights
         attention_scale: float | None = None,  # factor on the scores; by default 1/sqrt(head size)
         norm_epsilon: float = 1e-5,  # keeps the normalisation from dividing by zero
+        qkv_bias: bool = True,  # whether query, key and value have a bias
     ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(hidden_size, eps=norm_epsilon)
-        self.attention = MultiHeadAttention(hidden_size, num_heads, causal, attention_dropout, attention_scale)
+        self.attention = MultiHeadAttention(hidden_size, num_heads, causal, attention_dropout, attention_scale,
+                                            qkv_bias)
         self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=norm_epsilon)
         self.feed_forward = FeedForward(hidden_size, inner_size, activation)
         self.dropout = nn.Dropout(dropout)
