@@ -197,7 +197,7 @@ def read_settings(
 def read_labels(
     settings: Mapping[str, Any],  # the content of config.json
 ) -> dict[str, Any]:  # `num_classes`, and `labels`: their names in order, or None
-    """Read how many classes a classifier has and what they are called. Raises `ValueError` when numbers are left out."""
+    """Read how many classes a classifier has and what they are called. Raises `ValueError` when one is left out."""
     named = settings.get("id2label") or dict.fromkeys(range(settings.get("num_labels", 2)))
     labels = {int(number): label for number, label in named.items()}
     if sorted(labels) != list(range(len(labels))):
