@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['predict', 'wilson_interval', 'confusion_matrix', 'PerClass', 'per_class', 'ClassificationScore', 'Comparison',
-           'compare', 'Calibration', 'calibration', 'fit_temperature', 'plot_confusion', 'save_confusion',
-           'write_report']
+           'compare', 'Calibration', 'calibration', 'fit_temperature', 'plot_confusion', 'write_report']
 
-# %% ../../nbs/4_evaluation/02_classification.ipynb #51992df6
+# %% ../../nbs/4_evaluation/02_classification.ipynb #4299bf57
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -21,10 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..core import COLORS, progress_bar, write_aside
+from ..core import COLORS, progress_bar
 from .language import evaluating
 
-# %% ../../nbs/4_evaluation/02_classification.ipynb #ff23f5da
+# %% ../../nbs/4_evaluation/02_classification.ipynb #87865cb5
 def predict(
     model: nn.Module,  # gives logits (batch, classes), or an object with `.logits`; in evaluation mode meanwhile
     batches: Iterable[tuple[Any, Tensor]],  # (inputs, targets); inputs: a tensor, or a tuple or mapping of arguments
@@ -38,7 +36,8 @@ def predict(
             output = _call(model, inputs, device)
             logits = getattr(output, "logits", output)
             if logits.ndim != 2 or len(logits) != len(targets):
-                raise ValueError(f"the model gives {tuple(logits.shape)} for {len(targets)} examples; expected a row each")
+                raise ValueError(f"the model gives {tuple(logits.shape)} for {len(targets)} examples; expected one row "
+                                 "of logits for each")
             found.append(logits.float().cpu())
             wanted.append(targets.cpu())
     if not found:
@@ -52,7 +51,7 @@ def _call(model: nn.Module, inputs: Any, device: torch.device) -> Any:
         return model(**{name: value.to(device) for name, value in inputs.items()})
     return model(*(value.to(device) for value in (inputs if isinstance(inputs, tuple | list) else (inputs,))))
 
-# %% ../../nbs/4_evaluation/02_classification.ipynb #aaaa9a50
+# %% ../../nbs/4_evaluation/02_classification.ipynb #8699c5c2
 def wilson_interval(
     successes: int,  # how many of the trials came out right
     trials: int,  # at least 1
@@ -62,7 +61,7 @@ def wilson_interval(
 
     Raises `ValueError` for no trials, or more successes than trials."""
     if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"{successes} of {trials} trials; expected at least 1 trial, and no more successes than trials")
+        raise ValueError(f"{successes} of {trials} trials; expected 1 trial at least, and no more successes")
     z, rate = NormalDist().inv_cdf((1 + level) / 2), successes / trials
     middle = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
@@ -256,39 +255,29 @@ def fit_temperature(
         low, high = (middle, high) if expected < wanted else (low, middle)
     return 10 ** -((low + high) / 2)
 
-# %% ../../nbs/4_evaluation/02_classification.ipynb #b942742a
+# %% ../../nbs/4_evaluation/02_classification.ipynb #f127b408
 def plot_confusion(
-    score: ClassificationScore,  # to be drawn
-    axes: Any,  # matplotlib's
-) -> None:
-    """Draw the confusion matrix: colour for the share of a true class, numbers while they can be read."""
-    confusion, classes = score.confusion, score.logits.shape[1]
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    score: ClassificationScore,  # of any classifier
+) -> Any:  # matplotlib's Figure, to be shown or saved
+    """Draw the confusion matrix: colour for the share of a true class, numbers while they can be read.
+
+    Raises `ImportError` when matplotlib is not installed."""
+    from matplotlib.figure import Figure
+
+    confusion, names = score.confusion, score.names if score.logits.shape[1] <= 60 else ()
+    shares, side = confusion / confusion.sum(1, keepdim=True).clamp(min=1), 2 + 0.3 * min(len(confusion), 60)
+    axes = (figure := Figure(figsize=(side, side), layout="constrained")).subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for true, said in confusion.nonzero().tolist() if classes <= 30 else ():
-        axes.text(said, true, str(int(confusion[true, said])), ha="center", va="center", fontsize=8,
-                  color="white" if shares[true, said] > 0.5 else COLORS[3] if true != said else "black")
-    names = score.names if classes <= 60 else ()
+    for true, said in confusion.nonzero().tolist() if len(confusion) <= 30 else ():
+        color = "white" if shares[true, said] > 0.5 else COLORS[3] if true != said else "black"
+        axes.text(said, true, int(confusion[true, said]), ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names), default=0) > 2 else 0)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true")
     axes.grid(False)
+    return figure
 
-
-def save_confusion(
-    score: ClassificationScore,  # to be drawn
-    path: str | Path,  # the `.png` file to create or replace
-) -> None:
-    """Write the confusion matrix as a picture. Raises `ImportError` when matplotlib is not installed."""
-    from matplotlib.figure import Figure
-
-    side = 2.5 + 0.3 * min(score.logits.shape[1], 60)
-    figure = Figure(figsize=(side, side), dpi=150, layout="constrained")
-    plot_confusion(score, figure.subplots())
-    with write_aside(path) as aside:
-        figure.savefig(aside, format="png", facecolor="white")
-
-# %% ../../nbs/4_evaluation/02_classification.ipynb #6f65b208
+# %% ../../nbs/4_evaluation/02_classification.ipynb #c0181fc0
 def write_report(
     score: ClassificationScore,  # of any classifier
 ) -> str:  # lines of text
@@ -298,7 +287,8 @@ def write_report(
     lines = [f"accuracy       {score.accuracy:.4f}  ({right} of {total}; 95%: {low:.3f} to {high:.3f})",
              *([f"top 5          {score.top(5):.4f}"] if classes > 5 else []),
              f"cross-entropy  {float(score.losses.mean()):.4f} nats",
-             f"confidence     {score.probabilities.amax(-1).mean():.4f} on average, calibration error {bins.error:.4f}", ""]
+             f"confidence     {score.probabilities.amax(-1).mean():.4f} on average, calibration error {bins.error:.4f}",
+             ""]
     rows, names, width = per_class(score.confusion), score.names, max(5, *map(len, score.names))
     lines.append(f"{'class':{width}}  precision  recall      F1  examples")
     for number in range(classes):
