@@ -6,7 +6,7 @@
 __all__ = ['Pixels', 'Augmentation', 'Crop', 'Flip', 'warp', 'affine_matrices', 'Affine', 'adjust_colors', 'Color', 'Noise',
            'Cutout', 'Compose', 'mixup', 'PictureBatches', 'ordered_batches']
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #afa01e13
+# %% ../../nbs/1_data/06_augmentation.ipynb #f3e73702
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #12520560
+# %% ../../nbs/1_data/06_augmentation.ipynb #24c45539
 Pixels = Float[Tensor, "batch channels height width"]  # pictures as numbers from 0 (black) to 1
 Augmentation = Callable[[Pixels, torch.Generator], Pixels]  # the generator is where chance comes from
 
@@ -31,14 +32,15 @@ def _draw(rows: int, pixels: Tensor, generator: torch.Generator) -> Float[Tensor
     return (torch.rand(rows, len(pixels), generator=generator) * 2 - 1).to(pixels)
 
 
-class _Step:
-    _most = float("inf")  # the largest value of a field
+_MOST = {"probability": 1, "brightness": 1, "contrast": 1, "saturation": 1, "scale": 0.9, "shear": 80}
 
+
+class _Step:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value <= self._most:
+            if not 0 <= value <= (most := _MOST.get(name, float("inf"))):
                 raise ValueError(f"{name} of {type(self).__name__} is {value}; expected a number from 0, "
-                                 f"which changes nothing, to {self._most:g}")
+                                 f"which changes nothing, to {most}")
 
 # %% ../../nbs/1_data/06_augmentation.ipynb #6e34f4c8
 @dataclass(frozen=True)
@@ -56,13 +58,12 @@ class Crop(_Step):
         windows = F.pad(pixels, [self.padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
         return windows[torch.arange(count, device=pixels.device), :, top, left]  # windows are views: nothing is copied
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #08b3317f
+# %% ../../nbs/1_data/06_augmentation.ipynb #1a6ac869
 @dataclass(frozen=True)
 class Flip(_Step):
     """Exchange left and right in some of the pictures."""
 
     probability: float = 0.5  # of being flipped
-    _most = 1
 
     def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         chosen = torch.rand(len(pixels), generator=generator) < self.probability
@@ -87,24 +88,22 @@ def warp(
     same = (matrices == torch.eye(2, 3).to(matrices)).all(2).all(1)
     return torch.where(_spread(same), pixels, moved)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #2a3cc622
+# %% ../../nbs/1_data/06_augmentation.ipynb #c9ecf655
 def affine_matrices(
-    height: int,  # of the pictures, in pixels
-    width: int,  # of the pictures, in pixels
+    size: tuple[int, int],  # height and width of the pictures, in pixels
     degrees: Float[Tensor, "batch"],  # rotation about the centre, counter-clockwise as seen
-    down: Float[Tensor, "batch"],  # shift, in pixels
-    right: Float[Tensor, "batch"],  # shift, in pixels
+    shift: Float[Tensor, "batch 2"],  # to the right and down, in pixels
     scale: Float[Tensor, "batch"],  # 2 makes twice as large
     shear: Float[Tensor, "batch"],  # by how many degrees upright lines lean; the lower part moves right
 ) -> Float[Tensor, "batch 2 3"]:  # for each point of the result, where it comes from: what `warp` takes
     """Make the inverse maps of: shear, rotate and scale about the centre, then shift."""
     cos, sin, lean = torch.cos(degrees.deg2rad()), torch.sin(degrees.deg2rad()), torch.tan(shear.deg2rad())
     turn = torch.stack([cos - lean * sin, -sin - lean * cos, sin, cos], 1).reshape(-1, 2, 2) / scale[:, None, None]
-    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2]).to(turn)
-    offset = centre - (turn @ (centre + torch.stack([right, down], 1))[..., None])[..., 0]
+    centre = torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2]).to(turn)
+    offset = centre - (turn @ (centre + shift)[..., None])[..., 0]
     return torch.cat([turn, offset[..., None]], 2)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #09031220
+# %% ../../nbs/1_data/06_augmentation.ipynb #a0b6b9b9
 @dataclass(frozen=True)
 class Affine(_Step):
     """Rotate, shift, scale and shear each picture by its own amounts, with one interpolation for all four."""
@@ -114,17 +113,12 @@ class Affine(_Step):
     scale: float = 0.0  # its size changes by at most this share: 0.1 is a factor from 0.9 to 1.1
     shear: float = 0.0  # upright lines lean by at most so many degrees, either way
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale >= 1 or self.shear >= 90:
-            raise ValueError(f"{self} can shrink a picture to nothing; expected a scale below 1, a shear below 90")
-
     def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         height, width = pixels.shape[2:]
-        turn, down, right, scale, shear = _draw(5, pixels, generator)
-        down, right = down * self.translate * height, right * self.translate * width
-        return warp(pixels, affine_matrices(height, width, turn * self.degrees, down, right,
-                                            1 + scale * self.scale, shear * self.shear))
+        turn, right, down, scale, shear = _draw(5, pixels, generator)
+        shift = torch.stack([right * width, down * height], 1) * self.translate
+        return warp(pixels, affine_matrices((height, width), turn * self.degrees, shift, 1 + scale * self.scale,
+                                            shear * self.shear))
 
 # %% ../../nbs/1_data/06_augmentation.ipynb #5bbc6ac4
 def _to_grey(pixels: Pixels) -> Float[Tensor, "batch 1 height width"]:
@@ -149,7 +143,7 @@ def adjust_colors(
     pixels = torch.lerp(mean, pixels, _spread(contrast)).clamp_(0, 1)
     return torch.lerp(_to_grey(pixels), pixels, _spread(saturation)).clamp_(0, 1)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #a1a37325
+# %% ../../nbs/1_data/06_augmentation.ipynb #c5931e48
 @dataclass(frozen=True)
 class Color(_Step):
     """Change brightness, contrast and saturation of each picture by factors of its own."""
@@ -157,7 +151,6 @@ class Color(_Step):
     brightness: float = 0.0  # the factor lies within this of 1: 0.2 is from 0.8 to 1.2
     contrast: float = 0.0  # likewise
     saturation: float = 0.0  # likewise; grey pictures have none
-    _most = 1
 
     def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         brightness, contrast, saturation = _draw(3, pixels, generator)
@@ -191,17 +184,14 @@ class Cutout(_Step):
             hidden.append(((place >= first) & (place < first + self.size)).to(pixels.device))
         return pixels.masked_fill((hidden[0][:, :, None] & hidden[1][:, None])[:, None], 0.0)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #19c91b1a
+# %% ../../nbs/1_data/06_augmentation.ipynb #c44a3912
 @dataclass(frozen=True, init=False)
 class Compose:
     """Do several augmentations, one after the other."""
 
     steps: tuple[Augmentation, ...]  # in this order
 
-    def __init__(
-        self,
-        *steps: Augmentation,  # augmentations, the first one first
-    ) -> None:
+    def __init__(self, *steps: Augmentation) -> None:  # in the order in which they are done
         object.__setattr__(self, "steps", steps)
 
     def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
@@ -209,7 +199,7 @@ class Compose:
             pixels = step(pixels, generator)
         return pixels
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #9d2c9faf
+# %% ../../nbs/1_data/06_augmentation.ipynb #7ace85e7
 def mixup(
     pixels: Pixels,  # pictures
     targets: Int64[Tensor, "batch"],  # their classes
@@ -227,31 +217,27 @@ def mixup(
     share = torch.from_numpy(chance.beta(alpha, alpha, len(pixels))).to(pixels)
     other = torch.from_numpy(chance.permutation(len(pixels))).to(pixels.device)
     soft = F.one_hot(targets, num_classes).to(pixels)
-    return (torch.lerp(pixels[other], pixels, _spread(share)),
-            torch.lerp(soft[other], soft, share[:, None]))
+    return torch.lerp(pixels[other], pixels, _spread(share)), torch.lerp(soft[other], soft, share[:, None])
 
 
-def _check_classes(targets: Tensor, num_classes: int) -> None:
-    if len(targets) and not 0 <= targets.min() <= targets.max() < num_classes:
+def _check_classes(targets: Tensor, num_classes: int | None) -> None:
+    if num_classes is not None and not 0 <= targets.min() <= targets.max() < num_classes:
         raise ValueError(f"targets from {targets.min()} to {targets.max()}; expected classes from 0 "
                          f"to {num_classes - 1}, as num_classes is {num_classes}")
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #ab234cc1
+# %% ../../nbs/1_data/06_augmentation.ipynb #d6dca50b
 def _check_set(pixels: Tensor, targets: Tensor, batch_size: int) -> None:
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
-        raise ValueError(f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; expected torch.uint8 of shape "
-                         "(pictures, channels, height, width), as load_pictures gives them")
-    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}; expected one row of integers")
-    if len(pixels) != len(targets) or not pixels.numel():
-        raise ValueError(f"there are {len(pixels)} pictures of shape {tuple(pixels.shape[1:])} and {len(targets)} "
-                         "targets; expected one target for each picture, and at least one picture")
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.numel():
+        raise ValueError(f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; expected at least one picture, as "
+                         "torch.uint8 of shape (pictures, channels, height, width)")
+    if targets.shape != pixels.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}; expected {len(pixels)} "
+                         "integers, one for each picture")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
 
 
 def _channel_constants(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "2 channels 1 1"]:
-    """Check the mean and the standard deviation of the channels, and shape them so that they fit the pixels."""
     channels = pixels.shape[1]
     if not {len(mean), len(std)} <= {1, channels} or not min(std) > 0:
         raise ValueError(f"mean is {tuple(mean)} and std {tuple(std)} for {channels} channel(s); expected one number "
@@ -259,10 +245,9 @@ def _channel_constants(pixels: Tensor, mean: Sequence[float], std: Sequence[floa
     rows = [torch.tensor([*row] * (channels // len(row)), device=pixels.device) for row in (mean, std)]
     return torch.stack(rows)[..., None, None]
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #70bf9f10
-@lru_cache(maxsize=4)
+# %% ../../nbs/1_data/06_augmentation.ipynb #511f214b
+@lru_cache(maxsize=4)  # for speed: the order of an epoch can always be drawn again
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """In which order an epoch uses the pictures: kept for speed, never needed for the result."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
@@ -273,12 +258,7 @@ def _places(count: int, batch_size: int, seed: int, step: int) -> Int64[Tensor, 
     row = np.concatenate([_order(count, seed, epoch) for epoch in epochs])
     return torch.from_numpy(row[first - epochs[0] * count:last - epochs[0] * count])
 
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    """Start a source of chance for one step; NumPy mixes the two numbers, so that no two steps look alike."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-
-# %% ../../nbs/1_data/06_augmentation.ipynb #a7aa2059
+# %% ../../nbs/1_data/06_augmentation.ipynb #ed92e517
 class PictureBatches:
     """Shuffled, augmented batches for training, without end; `batches[step]` is a pure function of seed and step.
 
@@ -300,24 +280,21 @@ class PictureBatches:
         """Raises `ValueError` for an empty set, pictures and targets that do not fit, wrong types or classes."""
         _check_set(pixels, targets, batch_size)
         if mixup < 0 or (mixup and num_classes is None):
-            raise ValueError(f"mixup is {mixup} and num_classes {num_classes}; expected 0, "
-                             "or a number above 0 and the number of classes")
-        if num_classes is not None:
-            _check_classes(targets, num_classes)
-        self.pixels, self.targets, self.batch_size, self.seed = pixels, targets.long(), batch_size, seed
+            raise ValueError(f"mixup is {mixup}, num_classes {num_classes}; expected 0, or above 0 and how many classes")
+        _check_classes(targets, num_classes)
+        self.pixels, self.targets, self.seed = pixels, targets.long(), seed
         self.augment, self.mixup, self.num_classes = augment, mixup, num_classes
         self.mean, self.std = _channel_constants(pixels, mean, std)
-        self.pictures_per_batch = batch_size
+        self.pictures_per_batch = self.batch_size = batch_size
         self.batches_per_epoch = -(-len(pixels) // batch_size)  # until each picture has been used; rounded up
 
-    def __getitem__(
-        self,
-        step: int,  # 0 or more
-    ) -> tuple[Pixels, Int64[Tensor, "batch"] | Float[Tensor, "batch classes"]]:  # normalised; soft with `mixup`
-        """Make the batch of one step, from nothing but the seed and the step."""
+    def __getitem__(self, step: int) -> tuple[Pixels, Int64[Tensor, "batch"] | Float[Tensor, "batch classes"]]:
+        """Make the batch of one step: normalised pixels, and classes, or with `mixup` a share for each class."""
         if step < 0:
             raise IndexError(f"step is {step}; expected 0 or more")
-        generator, places = _generator(self.seed, step), _places(len(self.pixels), self.batch_size, self.seed, step)
+        mixed = np.random.SeedSequence([self.seed, step]).generate_state(1)  # two numbers mixed into one
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        places = _places(len(self.pixels), self.batch_size, self.seed, step)
         pixels, targets = self.pixels[places].float().div_(255), self.targets[places]
         if self.augment:
             pixels = self.augment(pixels, generator)
@@ -325,27 +302,17 @@ class PictureBatches:
             pixels, targets = mixup(pixels, targets, self.num_classes, self.mixup, generator)
         return (pixels - self.mean) / self.std, targets
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #de9989b5
-class _OrderedBatches(Sequence):
-    def __init__(self, pixels: Tensor, targets: Tensor, batch_size: int, constants: Tensor) -> None:
-        self.parts = list(zip(pixels.split(batch_size), targets.long().split(batch_size)))  # views
-        self.mean, self.std = constants
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, step: int) -> tuple[Pixels, Int64[Tensor, "batch"]]:
-        pixels, targets = self.parts[step]
-        return (pixels.float().div_(255) - self.mean) / self.std, targets
-
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #a2827513
 def ordered_batches(
     pixels: Tensor,  # pictures as uint8, (pictures, channels, height, width)
     targets: Tensor,  # the class of each picture, as integers
     batch_size: int,  # pictures in a batch; the last one may hold fewer
     mean: Sequence[float] = (0.5,),  # as in training
     std: Sequence[float] = (0.5,),  # as in training
-) -> Sequence:  # of (pixels, targets); can be iterated again and again
+) -> DataLoader:  # yields (pixels, targets); can be iterated again and again
     """Give all pictures once and in order, as they are, for evaluation. Raises `ValueError` as `PictureBatches`."""
     _check_set(pixels, targets, batch_size)
-    return _OrderedBatches(pixels, targets, batch_size, _channel_constants(pixels, mean, std))
+    mean, std = _channel_constants(pixels, mean, std)
+    parts = list(zip(pixels.split(batch_size), targets.long().split(batch_size)))  # views: nothing is copied yet
+    return DataLoader(parts, batch_size=None, generator=torch.Generator(),  # its own, else torch's would move on
+                      collate_fn=lambda part: ((part[0].float().div_(255) - mean) / std, part[1]))
