@@ -277,7 +277,7 @@ def plot_confusion(
     axes.grid(False)
     return figure
 
-# %% ../../nbs/4_evaluation/02_classification.ipynb #c0181fc0
+# %% ../../nbs/4_evaluation/02_classification.ipynb #9e9f8317
 def write_report(
     score: ClassificationScore,  # of any classifier
 ) -> str:  # lines of text
@@ -296,6 +296,6 @@ def write_report(
         cells = ["-" if math.isnan(share) else f"{share:.3f}" for share in shares]
         lines.append(f"{names[number]:{width}}  {cells[0]:>9}  {cells[1]:>6}  {cells[2]:>6}  {rows.examples[number]:8}")
     wrong = score.confusion.clone().fill_diagonal_(0).flatten()
-    pairs = [f"{names[place // classes]} called {names[place % classes]} ({wrong[place]} times)"
+    pairs = [f"{names[place // classes]} called {names[place % classes]} ({wrong[place]}×)"
              for place in wrong.argsort(descending=True, stable=True)[:3].tolist() if wrong[place]]
     return "\n".join([*lines, "", "most confused  " + (", ".join(pairs) or "nothing")])
