@@ -207,7 +207,7 @@ def test_files_have_the_permissions_of_any_new_file(folder):
 
 
 @pytest.mark.parametrize("content, said", [
-    ("{", "not JSON"), ("[1]", "holds a list"), ("\ufeff\x00", "not valid JSON"), ("", "not valid JSON"),
+    ("{", "not JSON"), ("[1]", "holds a list"), ("\ufeff\x00", "not JSON"), ("", "not JSON"),
     ("null", "holds a NoneType")])
 def test_a_bad_json_file_is_named(tmp_path, content, said):
     (tmp_path / "config.json").write_text(content, encoding="utf-8")

@@ -155,13 +155,14 @@ class FeedForward(nn.Module):
         """Transform every token vector by the same two-layer network."""
         return self.contract(self.activation(self.expand(x)))
 
-# %% ../../nbs/2_models/01_attention.ipynb #5ac0311e
+# %% ../../nbs/2_models/01_attention.ipynb #8e3d01f5
 class TransformerBlock(nn.Module):
     """Attention, then a feed-forward network, each on a normalised copy and added back. [Radford et al. 2019]
 
         x ──┬── norm ── attention ── + ──┬── norm ── feed-forward ── + ── x
             └────────────────────────┘   └───────────────────────────┘
-    """
+
+    With `norm_first=False` the norms stand behind the sums instead. [Vaswani et al. 2017; Devlin et al. 2019]"""
 
     def __init__(
         self,
@@ -175,8 +176,10 @@ class TransformerBlock(nn.Module):
         attention_scale: float | None = None,  # factor on the scores; by default 1/sqrt(head size)
         norm_epsilon: float = 1e-5,  # keeps the normalisation from dividing by zero
         qkv_bias: bool = True,  # whether query, key and value have a bias
+        norm_first: bool = True,  # normalise what each half reads (pre-norm), or else the sum (post-norm)
     ):
         super().__init__()
+        self.norm_first = norm_first
         self.attention_norm = nn.LayerNorm(hidden_size, eps=norm_epsilon)
         self.attention = MultiHeadAttention(hidden_size, num_heads, causal, attention_dropout, attention_scale,
                                             qkv_bias)
@@ -191,6 +194,9 @@ class TransformerBlock(nn.Module):
         cache: LayerCache | None = None,  # keys and values of the tokens before these
     ) -> Float[Tensor, "batch new hidden"]:  # the residual stream with both contributions added
         """Read from the residual stream and add to it, twice."""
+        if not self.norm_first:
+            x = self.attention_norm(x + self.dropout(self.attention(x, mask, cache)))
+            return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 

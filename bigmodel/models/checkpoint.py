@@ -41,7 +41,7 @@ def write_tensors(
             shared = ", ".join(sorted(re.findall(r"'([^']*)'", str(error))))
             raise ValueError(f"tensors share memory ({shared}); store one, and tie them again after loading") from None
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #552c1ae3
+# %% ../../nbs/2_models/03_checkpoint.ipynb #c1b7e569
 def read_tensors(
     path: str | Path,  # a `.safetensors` file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors by name, and the strings of the header
@@ -54,8 +54,8 @@ def read_tensors(
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        size = Path(path).stat().st_size
-        raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file: {error}; copy it again") from None
+        raise ValueError(f"{path} ({Path(path).stat().st_size} bytes) is not a whole safetensors file: {error}; "
+                         "copy it again") from None
 
 # %% ../../nbs/2_models/03_checkpoint.ipynb #c7708ccb
 def read_weights(
@@ -128,7 +128,7 @@ def to_stored(
             stored[name] = part.T if flipped else part
     return stored
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #153026d4
+# %% ../../nbs/2_models/03_checkpoint.ipynb #1b36e033
 def from_stored(
     stored: Mapping[str, Tensor],  # by the names of the file
     shapes: Mapping[str, torch.Size],  # our names, and the shape that each must have
@@ -143,9 +143,15 @@ def from_stored(
         theirs, flipped = _lookup(ours, names)
         expected = tuple(shape[::-1]) if flipped else (shape[0] // len(theirs), *shape[1:]) if shape else ()
         wanted.update(theirs)
-        wrong = [problem for name in theirs if (problem := _misfit(name, stored.get(name), expected))]
-        problems += wrong
-        if not wrong:
+        so_far = len(problems)
+        for name in theirs:
+            if name not in stored:
+                problems.append(f"{name} is missing")
+            elif tuple(stored[name].shape) != expected:
+                problems.append(f"{name} has shape {tuple(stored[name].shape)}, expected {expected}")
+            elif stored[name].sum().isnan() and stored[name].isnan().any():  # the sum alone may be inf - inf
+                problems.append(f"{name} holds NaN, as after a training that has diverged")
+        if len(problems) == so_far:
             parts = [stored[name].T.contiguous() if flipped else stored[name] for name in theirs]
             found[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     problems += [f"{name} is not part of this model" for name in stored
@@ -154,16 +160,6 @@ def from_stored(
         problems[5:] = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise ValueError("the weights do not fit the model: " + "; ".join(problems))
     return found
-
-
-def _misfit(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> str | None:
-    if tensor is None:
-        return f"{name} is missing"
-    if tuple(tensor.shape) != expected:
-        return f"{name} has shape {tuple(tensor.shape)}, expected {expected}"
-    if tensor.sum().isnan() and tensor.isnan().any():  # the sum alone may be inf - inf
-        return f"{name} holds NaN, as after a training that has diverged"
-    return None
 
 # %% ../../nbs/2_models/03_checkpoint.ipynb #290a771f
 _HARMLESS = frozenset(  # what transformers writes into a config.json without changing what the model computes
@@ -193,7 +189,7 @@ def read_settings(
             raise ValueError(f"config.json has {field} = {value!r}, a field that this model does not know")
     return {ours: settings[theirs] for ours, theirs in names.items() if theirs in settings}
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #2e308d64
+# %% ../../nbs/2_models/03_checkpoint.ipynb #e68ca132
 def read_labels(
     settings: Mapping[str, Any],  # the content of config.json
 ) -> dict[str, Any]:  # `num_classes`, and `labels`: their names in order, or None
@@ -218,7 +214,7 @@ def write_labels(
     return {"id2label": {str(number): label for number, label in enumerate(labels)},
             "label2id": {label: number for number, label in enumerate(labels)}}
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #8793ee20
+# %% ../../nbs/2_models/03_checkpoint.ipynb #e6134c60
 class _Unfilled(TorchFunctionMode):
     """Leaves out the drawing of initial weights, which on the meta device does nothing, after a second of imports."""
 
@@ -228,10 +224,13 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _load(model_class: type, config: Any, stored: dict[str, Tensor], names: Names, dtype: torch.dtype) -> "Pretrained":
+def _load(kind: type, config: Any, stored: dict[str, Tensor], names: Names | None, dtype: torch.dtype) -> "Pretrained":
     """Build a model without memory and give it the tensors of a file, once they are seen to fit."""
     with torch.device("meta"), _Unfilled():  # no memory yet, and no random numbers
-        model = model_class(config)
+        model = kind(config)
+    names = names or model.tensor_names
+    for old, new in model.old_names.items():
+        stored = {re.sub(old, new, name): tensor for name, tensor in stored.items()}
     theirs = {ours: _lookup(ours, names)[0] for ours in model.state_dict()}
     prefix, wanted, unique = model.base_prefix, set(chain(*theirs.values())), model.unique_tensors()
     if not any(name.startswith(prefix) for name in stored) and any(prefix + name in wanted for name in stored):
@@ -259,12 +258,13 @@ def _tied(model: "Pretrained") -> dict[str, str]:
     first = {id(tensor): name for name, tensor in reversed(named.items())}
     return {name: first[id(tensor)] for name, tensor in named.items() if first[id(tensor)] != name}
 
-# %% ../../nbs/2_models/03_checkpoint.ipynb #076e0924
+# %% ../../nbs/2_models/03_checkpoint.ipynb #659dd14f
 class Pretrained:
     """Loads and saves a module that names its `tensor_names` and its `config_class`, which translates settings."""
     config_class: ClassVar[type]
     tensor_names: ClassVar[Names]  # our name -> name in the file
     ignored_tensors: ClassVar[tuple[str, ...]] = ()  # regular expressions: old buffers that carry no weights
+    old_names: ClassVar[Mapping[str, str]] = {}  # regular expressions for names of former times -> names of today
     base_prefix: ClassVar[str] = ""  # what a file lacks when it was saved without its head
 
     @classmethod
@@ -276,7 +276,7 @@ class Pretrained:
         """Load a saved model. Raises `FileNotFoundError` or `ValueError` naming what is missing or does not fit."""
         folder = find_checkpoint(source)
         config = cls.config_class.from_huggingface(read_json(folder / "config.json"))
-        return _load(cls, config, read_weights(folder), cls.tensor_names, dtype)
+        return _load(cls, config, read_weights(folder), None, dtype)
 
     @classmethod
     def from_file(
@@ -287,7 +287,7 @@ class Pretrained:
         dtype: torch.dtype = torch.float32,  # of the weights in memory, whatever the file has
     ) -> "Pretrained":  # the model, in evaluation mode
         """Load weights alone. Raises `FileNotFoundError` or `ValueError` naming what is missing or does not fit."""
-        return _load(cls, config, read_tensors(path)[0], names or cls.tensor_names, dtype)
+        return _load(cls, config, read_tensors(path)[0], names, dtype)
 
     def save_pretrained(
         self,
