@@ -25,7 +25,7 @@ MAY_IMPORT = {  # part of the package -> the parts that it may import, besides i
     "core": set(), "learn": {"core"}, "data": {"core"}, "models": {"core"},
     "training": {"core", "data", "models"}, "evaluation": {"core", "data", "models"},
     "deployment": {"core", "data", "models", "training", "evaluation"},
-    "applications": {"core", "data", "models", "training", "evaluation", "deployment"},
+    "applications": {"core", "data", "models", "training", "evaluation", "deployment", "pipeline"},
     "pipeline": {"core", "data", "models", "training", "evaluation", "deployment"},
     "cli": {"core", "learn", "data", "models", "training", "evaluation", "deployment", "applications", "pipeline"},
 }
