@@ -258,7 +258,7 @@ def _places(count: int, batch_size: int, seed: int, step: int) -> Int64[Tensor, 
     row = np.concatenate([_order(count, seed, epoch) for epoch in epochs])
     return torch.from_numpy(row[first - epochs[0] * count:last - epochs[0] * count])
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #ed92e517
+# %% ../../nbs/1_data/06_augmentation.ipynb #442f695c
 class PictureBatches:
     """Shuffled, augmented batches for training, without end; `batches[step]` is a pure function of seed and step.
 
@@ -280,7 +280,7 @@ class PictureBatches:
         """Raises `ValueError` for an empty set, pictures and targets that do not fit, wrong types or classes."""
         _check_set(pixels, targets, batch_size)
         if mixup < 0 or (mixup and num_classes is None):
-            raise ValueError(f"mixup is {mixup}, num_classes {num_classes}; expected 0, or above 0 and how many classes")
+            raise ValueError(f"mixup is {mixup}, num_classes {num_classes}; expected 0, or more and how many classes")
         _check_classes(targets, num_classes)
         self.pixels, self.targets, self.seed = pixels, targets.long(), seed
         self.augment, self.mixup, self.num_classes = augment, mixup, num_classes
