@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FORMATS', 'check_picture', 'read_picture', 'Preprocessor', 'PictureSet', 'load_pictures']
 
-# %% ../../nbs/1_data/05_images.ipynb #065c37e3
+# %% ../../nbs/1_data/05_images.ipynb #17172232
 import io
 import logging
 import math
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +57,8 @@ def _reduce_16_bits(picture: Image.Image, kind: str | None) -> Image.Image:
 class _Unreadable(ValueError):  # its message begins with a verb: the name of the file goes before it
     pass
 
-# %% ../../nbs/1_data/05_images.ipynb #a696ae4d
-def _decode(file: BinaryIO, mode: str, max_pixels: int, quick: bool) -> Image.Image:
+# %% ../../nbs/1_data/05_images.ipynb #de087240
+def _decode(file: io.BufferedIOBase, mode: str, max_pixels: int, quick: bool) -> Image.Image:
     picture = Image.open(file, formats=FORMATS)
     if not 0 < picture.width * picture.height <= max_pixels:
         raise _Unreadable(f"claims {picture.width} x {picture.height} pixels; expected 1 to {max_pixels}: "
@@ -73,8 +73,8 @@ def _decode(file: BinaryIO, mode: str, max_pixels: int, quick: bool) -> Image.Im
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
     return upright.convert(mode)
 
-# %% ../../nbs/1_data/05_images.ipynb #222ce25d
-def _diagnose(error: Exception, file: BinaryIO) -> str:
+# %% ../../nbs/1_data/05_images.ipynb #3ebadb64
+def _diagnose(error: Exception, file: io.BufferedIOBase) -> str:
     if isinstance(error, _Unreadable):
         return str(error)
     if isinstance(error, Image.DecompressionBombError):
@@ -88,8 +88,8 @@ def _diagnose(error: Exception, file: BinaryIO) -> str:
     reason = (str(error) or type(error).__name__).splitlines()[0] if known else "its header makes no sense"
     return f"is damaged or cut short ({reason}); copy it again, or remove it"
 
-# %% ../../nbs/1_data/05_images.ipynb #53b64d47
-def _open(source: str | Path | bytes) -> BinaryIO:
+# %% ../../nbs/1_data/05_images.ipynb #a85737aa
+def _open(source: str | Path | bytes) -> io.BufferedIOBase:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     path = Path(source)
