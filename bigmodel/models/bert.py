@@ -33,7 +33,7 @@ _REQUIRED = {"is_decoder": False, "add_cross_attention": False, "position_embedd
 _IGNORED = ("directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head "
             "pooler_type cls_token_id mask_token_id").split()
 
-# %% ../../nbs/2_models/08_bert.ipynb #36a584b2
+# %% ../../nbs/2_models/08_bert.ipynb #fececfe3
 @dataclass(frozen=True)
 class BertConfig:
     """The settings of a BERT. The defaults are those of BERT base, uncased. [Devlin et al. 2019]"""
@@ -64,9 +64,9 @@ class BertConfig:
         write_labels(self.num_classes, self.labels)  # one each
 
     @classmethod
-    def large(cls, **changes: Any) -> "BertConfig":
+    def large(cls) -> "BertConfig":  # `dataclasses.replace` changes other fields
         """BERT large: 340 million parameters. [Devlin et al. 2019]"""
-        return cls(**{"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "inner_size": 4096} | changes)
+        return cls(hidden_size=1024, num_layers=24, num_heads=16, inner_size=4096)
 
     @classmethod
     def from_huggingface(
