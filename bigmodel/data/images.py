@@ -226,9 +226,9 @@ def _check_array(picture: Any, channels: int) -> None:
         mode = "L" if channels == 1 else "RGB"
         raise ValueError(f"a picture has {picture.shape[2]} channels, expected {channels}: read it with mode={mode!r}")
 
-# %% ../../nbs/1_data/05_images.ipynb #4dead411
+# %% ../../nbs/1_data/05_images.ipynb #6d6f6a8f
 def _stack(pictures: Sequence[np.ndarray]) -> UInt8[Tensor, "batch channels height width"]:
-    return torch.from_numpy(np.stack([picture.transpose(2, 0, 1) for picture in pictures]))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 # %% ../../nbs/1_data/05_images.ipynb #1c55587b
 def _read_settings(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
