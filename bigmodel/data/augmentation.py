@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #24c45539
+# %% ../../nbs/1_data/06_augmentation.ipynb #45e5256d
 Pixels = Float[Tensor, "batch channels height width"]  # pictures as numbers from 0 (black) to 1
 Augmentation = Callable[[Pixels, torch.Generator], Pixels]  # the generator is where chance comes from
 
@@ -38,7 +38,7 @@ _MOST = {"probability": 1, "brightness": 1, "contrast": 1, "saturation": 1, "sca
 class _Step:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value <= (most := _MOST.get(name, float("inf"))):
+            if not (most := _MOST.get(name, float("inf"))) >= value >= 0:
                 raise ValueError(f"{name} of {type(self).__name__} is {value}; expected a number from 0, "
                                  f"which changes nothing, to {most}")
 
@@ -258,7 +258,7 @@ def _places(count: int, batch_size: int, seed: int, step: int) -> Int64[Tensor, 
     row = np.concatenate([_order(count, seed, epoch) for epoch in epochs])
     return torch.from_numpy(row[first - epochs[0] * count:last - epochs[0] * count])
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #442f695c
+# %% ../../nbs/1_data/06_augmentation.ipynb #e1bb53d8
 class PictureBatches:
     """Shuffled, augmented batches for training, without end; `batches[step]` is a pure function of seed and step.
 
@@ -279,7 +279,7 @@ class PictureBatches:
     ) -> None:
         """Raises `ValueError` for an empty set, pictures and targets that do not fit, wrong types or classes."""
         _check_set(pixels, targets, batch_size)
-        if mixup < 0 or (mixup and num_classes is None):
+        if not mixup >= 0 or (mixup and num_classes is None):
             raise ValueError(f"mixup is {mixup}, num_classes {num_classes}; expected 0, or more and how many classes")
         _check_classes(targets, num_classes)
         self.pixels, self.targets, self.seed = pixels, targets.long(), seed
