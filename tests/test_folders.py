@@ -1,4 +1,4 @@
-"""Folders of pictures: each file is a picture of its class, an error in one line, or a named skip; splits do not leak."""
+"""Folders: each file is a picture of its class, an error in one line, or a named skip; splits do not leak."""
 
 import io
 import os
@@ -98,8 +98,8 @@ def spoil(pets: Path, how: str) -> Path:
     return place
 
 
-SPOILS = ["empty", "cut short", "text", "bomb", "folder", "dangling link", "circle", "link to itself from inside", "pipe",
-          "beside"]
+SPOILS = ["empty", "cut short", "text", "bomb", "folder", "dangling link", "circle", "link to itself from inside",
+          "pipe", "beside"]
 
 
 @pytest.mark.parametrize("how", SPOILS)

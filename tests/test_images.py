@@ -422,7 +422,8 @@ def test_settings_of_older_transformers_are_read(tmp_path):
 
 @pytest.mark.parametrize("fields", [
     {"size": 0}, {"size": (4, -1)}, {"size": True}, {"mean": (0.5,)}, {"std": (0.5, 0.0, 0.5)},
-    {"std": (1.0, -1.0, 1.0)}, {"mean": (float("nan"),) * 3}, {"mean": (0.5,) * 4, "std": (0.5,) * 4}, {"mean": (), "std": ()}])
+    {"std": (1.0, -1.0, 1.0)}, {"mean": (float("nan"),) * 3}, {"mean": (0.5,) * 4, "std": (0.5,) * 4},
+    {"mean": (), "std": ()}])
 def test_a_preprocessor_that_cannot_work_is_refused(fields):
     with pytest.raises(ValueError, match="expected"):
         Preprocessor(**{"size": 8, **fields})
