@@ -20,13 +20,16 @@ from torch import nn
 import bigmodel.models.checkpoint as module
 from bigmodel.core import find_checkpoint, read_json, write_json
 from bigmodel.models.checkpoint import (
+    Joined,
     Pretrained,
     Transposed,
     from_stored,
+    read_labels,
     read_settings,
     read_tensors,
     read_weights,
     to_stored,
+    write_labels,
     write_tensors,
 )
 from bigmodel.models.gpt import GPT, GPTConfig
@@ -361,6 +364,69 @@ def test_names_numbers_and_transposes():
     assert all(torch.equal(back[name], ours[name]) and back[name].is_contiguous() for name in ours)
 
 
+IN_PARTS = {"layers.*.qkv.weight": Joined(("h.*.q.w", "h.*.k.w", "h.*.v.w")), "pair": Joined(("left", "right")),
+            "one": Joined(("alone",))}
+
+
+def joined_tensors():
+    torch.manual_seed(0)
+    return {"layers.0.qkv.weight": torch.randn(6, 2), "layers.11.qkv.weight": torch.randn(6, 2), "pair": torch.randn(4),
+            "one": torch.randn(3)}
+
+
+def shapes_of(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def test_parts_are_cut_and_joined_along_the_first_axis():
+    ours = joined_tensors()
+    stored = to_stored(ours, IN_PARTS)
+    assert stored.keys() == {f"h.{layer}.{part}.w" for layer in (0, 11) for part in "qkv"} | {"left", "right", "alone"}
+    assert torch.equal(stored["h.11.k.w"], ours["layers.11.qkv.weight"][2:4])
+    assert torch.equal(stored["left"], ours["pair"][:2]) and torch.equal(stored["alone"], ours["one"])
+    back = from_stored(stored, shapes_of(ours), IN_PARTS)
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], ours[name]) for name in ours)
+
+
+def test_parts_survive_a_file(tmp_path):
+    ours = joined_tensors()
+    write_tensors(tmp_path / "x.safetensors", to_stored(ours, IN_PARTS))  # parts of one memory do not overlap
+    back = from_stored(read_tensors(tmp_path / "x.safetensors")[0], shapes_of(ours), IN_PARTS)
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda stored: stored.pop("h.11.v.w"), "h.11.v.w is missing"),
+    (lambda stored: (stored.pop("h.0.q.w"), stored.pop("h.0.k.w")), "h.0.q.w is missing; h.0.k.w is missing"),
+    (lambda stored: stored.update({"h.0.k.w": torch.ones(3, 2)}), r"h.0.k.w has shape \(3, 2\), expected \(2, 2\)"),
+    (lambda stored: stored.update({"h.0.k.w": torch.ones(2, 1)}), r"h.0.k.w has shape \(2, 1\), expected \(2, 2\)"),
+    (lambda stored: stored.update(left=torch.ones(1), right=torch.ones(3)), r"left has shape \(1,\), .*; right has"),
+    (lambda stored: stored.update(left=torch.ones(())), r"left has shape \(\), expected \(2,\)"),
+    (lambda stored: stored.update(right=torch.tensor([1, float("nan")])), "right holds NaN"),
+    (lambda stored: stored.update({"h.12.q.w": torch.ones(2, 2)}), "h.12.q.w is not part of this model"),
+    (lambda stored: stored.update({"h.0.qkv.w": torch.ones(6, 2)}), "h.0.qkv.w is not part of this model"),
+], ids="missing two rows columns uneven scalar nan layer whole".split())
+def test_a_part_that_does_not_fit_is_named(change, said):
+    ours = joined_tensors()
+    stored = to_stored(ours, IN_PARTS)
+    change(stored)
+    with pytest.raises(ValueError, match=said) as error:
+        from_stored(stored, shapes_of(ours), IN_PARTS)
+    say(error)
+
+
+def test_control_parts_in_another_order_are_another_tensor():
+    ours = joined_tensors()
+    swapped = {**IN_PARTS, "layers.*.qkv.weight": Joined(("h.*.k.w", "h.*.q.w", "h.*.v.w"))}
+    back = from_stored(to_stored(ours, swapped), shapes_of(ours), IN_PARTS)
+    assert not torch.equal(back["layers.0.qkv.weight"], ours["layers.0.qkv.weight"])
+
+
+def test_a_part_may_have_one_owner_only():
+    with pytest.raises(ValueError, match="gives the name left to other"):
+        to_stored({"pair": torch.ones(4), "other": torch.ones(2)}, {**IN_PARTS, "other": "left"})
+
+
 def test_a_table_with_a_gap_or_a_double_is_refused():
     with pytest.raises(ValueError, match=r"no entry for layers\.\*\.new") as error:
         to_stored({"layers.3.new": torch.ones(1)}, NAMES)
@@ -439,6 +505,49 @@ def test_settings_are_translated_or_refused():
     assert read_settings({"unheard_of": 1}, names, required, ignored=["unheard_of"]) == {}
 
 
+@given(st.lists(st.text(max_size=9), min_size=1, max_size=30, unique=True))
+def test_labels_come_back(labels):
+    settings = json.loads(json.dumps(write_labels(len(labels), tuple(labels))))  # as config.json keeps them
+    assert settings["label2id"] == {label: number for number, label in enumerate(labels)}
+    unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
+    assert read_labels(settings) == {"num_classes": len(labels), "labels": None if unnamed else tuple(labels)}
+
+
+@pytest.mark.parametrize("found, expected", [
+    ({}, (2, None)), ({"num_labels": 7}, (7, None)), ({"id2label": None, "num_labels": 3}, (3, None)),
+    ({"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}, (3, None)),
+    ({"id2label": {"0": "x"}}, (1, ("x",))),
+    ({"id2label": {0: "a", 1: "b"}}, (2, ("a", "b"))),
+    ({"id2label": {"0": "LABEL_0", "1": "b"}}, (2, ("LABEL_0", "b"))),
+    ({"id2label": {str(n): f"c{n}" for n in reversed(range(12))}}, (12, tuple(f"c{n}" for n in range(12)))),
+], ids="default number null unnamed one integers half order".split())
+def test_labels_are_read_as_transformers_means_them(found, expected):
+    assert tuple(read_labels(found).values()) == expected
+    if "id2label" in found:
+        config = pytest.importorskip("transformers").PreTrainedConfig(**found)
+        assert config.num_labels == expected[0]
+
+
+def test_no_labels_are_numbered():
+    assert write_labels(2, None) == {"id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+                                     "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    assert read_labels(write_labels(2, None)) == {"num_classes": 2, "labels": None}
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (1, 2), (-1, 0), (0, 1, 5)])
+def test_classes_with_gaps_are_refused(numbers):
+    with pytest.raises(ValueError, match=f"expected 0 to {len(numbers) - 1}") as error:
+        read_labels({"id2label": {str(number): f"c{number}" for number in numbers}})
+    say(error)
+
+
+@pytest.mark.parametrize("labels", [("a", "a", "b"), ("a", "b"), ("a", "b", "c", "d"), ()])
+def test_twins_and_wrong_numbers_of_labels_are_refused(labels):
+    with pytest.raises(ValueError, match="different labels for 3 classes; expected one each") as error:
+        write_labels(3, labels)
+    say(error)
+
+
 # --- the mixin, with a model that is not a GPT
 
 @dataclass(frozen=True)
@@ -484,6 +593,56 @@ def test_any_module_can_be_pretrained(tmp_path, dtype):
         expected = ours.to(dtype) if ours.is_floating_point() else ours
         assert torch.equal(theirs, expected) and theirs.dtype == expected.dtype, name
     assert not again.training and all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_file_without_a_config_under_any_names(tmp_path):
+    model = Toy(ToyConfig())
+    model.norm(torch.randn(8, 3))
+    model.save_pretrained(tmp_path)
+    again = Toy.from_file(tmp_path / "model.safetensors", ToyConfig())
+    names = {name: f"net.{name}" for name in model.state_dict()}
+    write_tensors(tmp_path / "other.safetensors", to_stored(model.state_dict(), names))
+    other = Toy.from_file(tmp_path / "other.safetensors", ToyConfig(), names, dtype=torch.float64)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(other.state_dict()[name].to(tensor.dtype), tensor), name
+    assert not again.training and other.first.weight.dtype == torch.float64
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_file_of_something_else_is_refused_by_name(tmp_path):
+    model = Toy(ToyConfig())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match=r"w1 has shape \(3, 3\), expected \(4, 4\)") as error:
+        Toy.from_file(path, ToyConfig(inputs=4))
+    say(error)
+    with pytest.raises(ValueError, match="net.first.weight is missing.*") as error:
+        Toy.from_file(path, ToyConfig(), {name: f"net.{name}" for name in model.state_dict()})
+    say(error)
+    with pytest.raises(ValueError, match="no entry for second.bias"):
+        Toy.from_file(path, ToyConfig(), {name: "x" for name in Toy.tensor_names if name != "second.bias"})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Toy.from_file(path, ToyConfig())
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        Toy.from_file(tmp_path / "nothing.safetensors", ToyConfig())
+
+
+class JoinedToy(Toy):
+    tensor_names = Toy.tensor_names | {"first.weight": Joined(("wa", "wb", "wc")), "first.bias": Joined(("ba", "bb", "bc"))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_parts_goes_to_a_folder_and_back(tmp_path, dtype):
+    model = JoinedToy(ToyConfig()).to(dtype)
+    model.save_pretrained(tmp_path)
+    stored = read_weights(tmp_path)
+    assert stored["wb"].shape == (1, 3) and stored["bc"].shape == (1,) and "w1" not in stored
+    again = JoinedToy.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(again.first.weight, model.first.weight) and torch.equal(again.first.bias, model.first.bias)
+    with pytest.raises(ValueError, match="w1 is missing"):
+        Toy.from_pretrained(tmp_path)
 
 
 def test_tied_in_two_orientations_is_stored_once(tmp_path):
