@@ -630,7 +630,8 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path):
 
 
 class JoinedToy(Toy):
-    tensor_names = Toy.tensor_names | {"first.weight": Joined(("wa", "wb", "wc")), "first.bias": Joined(("ba", "bb", "bc"))}
+    tensor_names = Toy.tensor_names | {"first.weight": Joined(("wa", "wb", "wc")),
+                                       "first.bias": Joined(("ba", "bb", "bc"))}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

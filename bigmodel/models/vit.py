@@ -166,7 +166,7 @@ class ViT(Pretrained, nn.Module):
         pixels: Float[Tensor, "batch channels height width"],  # normalised pictures
         interpolate_positions: bool = False,  # stretch the positions over pictures of another size
     ) -> Float[Tensor, "batch tokens hidden"]:  # the class token, then a vector for each patch, row by row
-        """Turn pictures into tokens that know where they are. Raises `ValueError` for another size or other channels."""
+        """Turn pictures into tokens that know where they are. Raises `ValueError` for other sizes or channels."""
         _check_pixels(self.config, pixels, interpolate_positions)
         grid = self.patch_embedding(pixels)  # (batch, hidden, rows, columns)
         tokens = torch.cat([self.class_token.expand(len(pixels), -1, -1), grid.flatten(2).transpose(1, 2)], dim=1)
