@@ -125,7 +125,7 @@ def _truncate(rows: Sequence[list[int]], room: int) -> list[list[int]]:
         sizes[1] = room - sizes[0]
     return [row[:size] for row, size in zip(rows, sizes if len(rows[0]) <= len(rows[1]) else sizes[::-1])]
 
-# %% ../../nbs/1_data/07_wordpiece.ipynb #6ab8d2f9
+# %% ../../nbs/1_data/07_wordpiece.ipynb #3dd84627
 class _Pairs(_Encoder):
     """One text or two with special tokens around, cut to a length, for `WordPiece`."""
 
@@ -141,7 +141,7 @@ class _Pairs(_Encoder):
     def _fit(self, inputs: list[Sequence[str]], context_length: int | None) -> list[tuple[list[int], list[int]]]:
         found, dropped = [], []
         for texts in inputs:
-            if (room := (context_length or 1 << 60) - 1 - len(texts)) < 0 or len(texts) not in (1, 2):
+            if (room := (1 << 60 if context_length is None else context_length) - 1 - len(texts)) < 0 or len(texts) not in (1, 2):
                 raise ValueError(f"{len(texts)} texts for a context of {context_length}; expected a text, or a pair, "
                                  "and room for [CLS] and each [SEP]")
             rows = [self.encode(text) for text in texts]
@@ -202,19 +202,19 @@ def _tokenizer_json(tokenizer: _Encoder) -> dict[str, Any]:
             "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                       "max_input_chars_per_word": 100, "vocab": tokenizer.vocab}}
 
-# %% ../../nbs/1_data/07_wordpiece.ipynb #7605b9fd
-def _settings(file: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+# %% ../../nbs/1_data/07_wordpiece.ipynb #b51523a9
+def _settings(file: dict[str, Any] | None, config: dict[str, Any]) -> dict[str, Any]:
     """What `WordPiece` wants to know, from the two files; the first field that asks for something else is named."""
-    model, normal = file.get("model", {}), file.get("normalizer", {})
+    normal, added = ({}, []) if file is None else (file["normalizer"], file["added_tokens"])
     lowercase, longest = normal.get("lowercase", config.get("do_lower_case", True)), config.get("model_max_length")
     expected = {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                           "max_input_chars_per_word": 100},
                 "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True},
                 "pre_tokenizer": {"type": "BertPreTokenizer"}}
-    wishes = [(f"{part}.{name}", file[part][name], value) for part in expected if file
+    wishes = [(f"{part}.{name}", file[part][name], value) for part in expected if file is not None
               for name, value in expected[part].items()]
     wishes += [("added_tokens", token | {"id": 0}, {"id": 0, "content": token["content"], **_PLAIN})
-               for token in file.get("added_tokens", ())]
+               for token in added]
     wishes += [("strip_accents", part["strip_accents"], lowercase) for part in (normal, config)
                if part.get("strip_accents") is not None]
     for name, value in (_ROLES | {"do_lower_case": lowercase, "tokenize_chinese_chars": True, "do_basic_tokenize": True,
@@ -226,9 +226,9 @@ def _settings(file: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is {found!r}, expected {value!r}: only BERT's own way is read here; load "
                              "others with the tokenizers package")
     known = longest is not None and 0 < longest < 1e9  # larger means "not known"
-    return {"vocab": model.get("vocab"), "lowercase": lowercase, "model_max_length": int(longest) if known else None}
+    return {"lowercase": lowercase, "model_max_length": int(longest) if known else None}
 
-# %% ../../nbs/1_data/07_wordpiece.ipynb #fcfd2075
+# %% ../../nbs/1_data/07_wordpiece.ipynb #a946eb91
 class _Files(_Batches):
     """Saving and loading, for `WordPiece`."""
 
@@ -257,11 +257,13 @@ class _Files(_Batches):
         if not (path.is_file() or plain.is_file()):
             raise FileNotFoundError(f"no tokenizer.json and no vocab.txt in {folder}; expected a folder that "
                                     "WordPiece.save or BertTokenizer.save_pretrained has written")
-        file, config = (read_json(one) if one.is_file() else {} for one in (path, beside))
-        path = path if path.is_file() else plain
+        file, config = (read_json(one) if one.is_file() else None for one in (path, beside))
+        path = plain if file is None else path
         try:
-            lines = None if path != plain else path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            return cls(**_settings(file, config) | ({} if lines is None else {"vocab": lines}))
+            settings = _settings(file, config or {})
+            vocab = plain.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file is None else dict(
+                file["model"]["vocab"])
+            return cls(vocab, **settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
