@@ -44,7 +44,7 @@ def haar_features(
              for y in range(size - rows * height + 1) for x in range(size - columns * width + 1)]
     return np.array(found, np.float32).reshape(-1, 3, 5)
 
-# %% ../../nbs/2_models/09_boosting.ipynb #ce870d66
+# %% ../../nbs/2_models/09_boosting.ipynb #f6844c90
 def _sum(sums: np.ndarray, corners: np.ndarray, stride: int, x: int, y: int, width: int, height: int) -> np.ndarray:
     """The sum over one rectangle of every window, from a flat integral image with rows of `stride`."""
     start, down = y * stride + x, height * stride
@@ -54,11 +54,11 @@ def _sum(sums: np.ndarray, corners: np.ndarray, stride: int, x: int, y: int, wid
 
 def _contrast(pictures: np.ndarray, sums: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray:
     """Standard deviation times pixels, inside a margin of one pixel as in OpenCV; at least 1."""
-    squares, stride, area = integral_image(pictures.astype(np.int64) ** 2).ravel(), pictures.shape[2] + 1, (size - 2) ** 2
-    total, squared = (_sum(table, corners, stride, 1, 1, size - 2, size - 2) for table in (sums, squares))
-    return np.sqrt(np.maximum(area * squared - total.astype(np.float64) ** 2, 1))
+    tables = sums, integral_image(pictures.astype(np.int64) ** 2).ravel()
+    total, squares = (_sum(table, corners, pictures.shape[2] + 1, 1, 1, size - 2, size - 2) for table in tables)
+    return np.sqrt(np.maximum((size - 2) ** 2 * squares - total.astype(np.float64) ** 2, 1))
 
-# %% ../../nbs/2_models/09_boosting.ipynb #654a82ac
+# %% ../../nbs/2_models/09_boosting.ipynb #3bf27911
 class Windows:
     """Square windows in a stack of grey pictures of one size, ready for `haar_features`.
 
@@ -72,7 +72,8 @@ class Windows:
     ):
         count, height, width = pictures.shape
         if min(height, width) < size:
-            raise ValueError(f"the picture has {width} x {height} pixels, less than a window of {size} x {size}; enlarge it")
+            raise ValueError(f"the picture has {width} x {height} pixels, less than a window of {size} x {size}; "
+                             "enlarge it first")
         self.pictures, self.size, self.sums = pictures, size, integral_image(pictures).ravel()
         starts = np.ix_(range(count), range(0, height - size + 1, step), range(0, width - size + 1, step))
         self.grid = tuple(axis.size for axis in starts)  # pictures, rows and columns of windows
@@ -90,7 +91,8 @@ class Windows:
         found, scale = np.zeros((len(features), len(self)), np.float32), (1 / self.contrast).astype(np.float32)
         for row, rectangles in zip(found, features):
             for *place, weight in rectangles[rectangles[:, 4] != 0]:
-                row += weight * _sum(self.sums, self.corners, self.pictures.shape[2] + 1, *map(int, place)).astype(np.float32)
+                sums = _sum(self.sums, self.corners, self.pictures.shape[2] + 1, *map(int, place))
+                row += weight * sums.astype(np.float32)
             row *= scale
         return found
 
@@ -103,7 +105,7 @@ class Windows:
         chosen.__dict__ = self.__dict__ | {"corners": self.corners[which], "contrast": self.contrast[which]}
         return chosen
 
-# %% ../../nbs/2_models/09_boosting.ipynb #36d17645
+# %% ../../nbs/2_models/09_boosting.ipynb #b2c380c3
 def best_stump(
     values: Float32[np.ndarray, "features samples"],  # what each feature measures on each sample
     is_face: Bool[np.ndarray, "samples"],  # the answers
@@ -118,14 +120,14 @@ def best_stump(
     below = signed[order].cumsum(1)[:, :-1]  # faces minus others, of the samples below a cut between two neighbours
     edges = signed.sum() - 2 * below  # right minus wrong answers, if faces are above the cut
     ranked = np.take_along_axis(values, order, 1)
-    edges[ranked[:, 1:] <= ranked[:, :-1]] = 0  # equal values cannot be divided
-    if not (ranked[:, 1:] > ranked[:, :-1]).any():
+    strengths = np.where(ranked[:, 1:] > ranked[:, :-1], np.abs(edges), -1)  # equal values cannot be divided
+    feature, cut = np.unravel_index(strengths.argmax(), strengths.shape)
+    if strengths[feature, cut] < 0:
         raise ValueError("no feature differs between the samples; expected at least one that does")
-    feature, cut = np.unravel_index(np.abs(edges).argmax(), edges.shape)
     low, high = ranked[feature, cut:cut + 2]
     threshold = (low + high) / 2
-    edge = float(edges[feature, cut])
-    return int(feature), float(threshold if threshold > low else high), edge > 0, max(0.0, (1 - abs(edge)) / 2)
+    error = max(0.0, (1 - float(strengths[feature, cut])) / 2)
+    return int(feature), float(threshold if threshold > low else high), bool(edges[feature, cut] > 0), error
 
 # %% ../../nbs/2_models/09_boosting.ipynb #ee3e78e4
 @dataclass(frozen=True)
