@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['basic_path', 'ResidualBlock', 'bottleneck_path', 'ResNetConfig', 'ResNet', 'torchvision_names']
 
-# %% ../../nbs/2_models/06_resnet.ipynb #e5213bc1
+# %% ../../nbs/2_models/06_resnet.ipynb #d17af2e7
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .attention import ACTIVATIONS
 from .checkpoint import Pretrained, read_labels, read_settings, write_labels
@@ -186,7 +187,7 @@ def _check_config(config: ResNetConfig) -> None:
         raise ValueError(f"stage_channels is {narrow} in a stage; expected 4 or more, as a bottleneck takes a quarter")
     write_labels(config.num_classes, config.labels)  # complains when they do not match
 
-# %% ../../nbs/2_models/06_resnet.ipynb #98e1ab49
+# %% ../../nbs/2_models/06_resnet.ipynb #3c28097d
 class ResNet(Pretrained, nn.Module):
     """A stem, stages of residual blocks, the mean over the picture, and one linear layer. [He et al. 2016]
 
@@ -215,7 +216,8 @@ class ResNet(Pretrained, nn.Module):
     ) -> Float[Tensor, "batch features"]:  # what the head takes: the mean of each feature map
         """Describe pictures by the means of the last feature maps. Raises `ValueError` for wrong channels or types."""
         self._check(pixels)
-        return self.stages(self.pool(self.activation(self.stem(pixels)))).mean(dim=(2, 3))
+        x = self.stages(self.pool(self.activation(self.stem(pixels))))
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def forward(
         self,
