@@ -125,7 +125,7 @@ def _truncate(rows: Sequence[list[int]], room: int) -> list[list[int]]:
         sizes[1] = room - sizes[0]
     return [row[:size] for row, size in zip(rows, sizes if len(rows[0]) <= len(rows[1]) else sizes[::-1])]
 
-# %% ../../nbs/1_data/07_wordpiece.ipynb #3dd84627
+# %% ../../nbs/1_data/07_wordpiece.ipynb #2dde9b68
 class _Pairs(_Encoder):
     """One text or two with special tokens around, cut to a length, for `WordPiece`."""
 
@@ -141,7 +141,8 @@ class _Pairs(_Encoder):
     def _fit(self, inputs: list[Sequence[str]], context_length: int | None) -> list[tuple[list[int], list[int]]]:
         found, dropped = [], []
         for texts in inputs:
-            if (room := (1 << 60 if context_length is None else context_length) - 1 - len(texts)) < 0 or len(texts) not in (1, 2):
+            room = (1 << 60 if context_length is None else context_length) - 1 - len(texts)
+            if room < 0 or len(texts) not in (1, 2):
                 raise ValueError(f"{len(texts)} texts for a context of {context_length}; expected a text, or a pair, "
                                  "and room for [CLS] and each [SEP]")
             rows = [self.encode(text) for text in texts]
