@@ -25,8 +25,9 @@ tokenizers = pytest.importorskip("tokenizers")
 
 # Letters newer than this Python's Unicode are made small by the library (of a later Unicode) only: left out.
 ANY = st.characters(exclude_categories=["Cs", "Cn"])
-HARD = st.sampled_from([*"aeiouns'.,!?-#[]$_ \t\n\0", "é", "e\u0301", "\u0327", "\u200b", "\u200d", "\ufeff", "\ufffd", "中",
-                        "か\u3099", "한", "İ", "ẞ", "Σ", "ǅ", "ﬁ", "👩‍👩‍👧", "🏽", "[MASK]", "[mask]", "##", "hello ", "function", "\u3000"])
+HARD = st.sampled_from([
+    *"aeiouns'.,!?-#[]$_ \t\n\0中한İẞΣǅﬁ\u3000\u0327\u200b\u200d\ufeff\ufffd🏽", "é", "e\u0301", "か\u3099", "👩‍👩‍👧", "[MASK]",
+    "[mask]", "##", "hello ", "function"])
 TEXT = st.lists(st.one_of(ANY, HARD, HARD), max_size=40).map("".join)
 EXTRA = ["Ünïcödé é 中文字か 한국어 ẞ ﬁ #", "xyz " * 3]
 
@@ -51,10 +52,12 @@ def tiny() -> WordPiece:
 # --- words
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_every_character_is_cleaned_as_the_library_does(lowercase: bool) -> None:
+def test_characters_are_cleaned_as_the_library_does(lowercase: bool) -> None:
     ours, theirs = Normalizer(lowercase), tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
     cut = tokenizers.pre_tokenizers.BertPreTokenizer()
-    every = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cs", "Cn")]
+    kinds = {code: unicodedata.category(chr(code)) for code in range(0x110000)}
+    every = [chr(code) for code, kind in kinds.items()  # of letters without case and symbols every seventh
+             if kind not in ("Cs", "Cn", "Co") and (kind not in ("Lo", "So") or code % 7 == 0)]
     for start in range(0, len(every), 400):
         text = "a".join(every[start:start + 400])
         assert ours(text).split() == [word for word, _ in cut.pre_tokenize_str(theirs.normalize_str(text))]
