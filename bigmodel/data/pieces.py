@@ -54,8 +54,9 @@ class _Table(dict):
     def __missing__(self, code: int) -> str:
         return self.setdefault(code, self.replace(chr(code)))
 
-# %% ../../nbs/1_data/07_pieces.ipynb #c75da399
-_MARKS = regex.compile(r"[^\p{ccc=0}]{2,}")  # accents in a row, which the decomposition NFD puts in a fixed order
+# %% ../../nbs/1_data/07_pieces.ipynb #9edc287e
+_LATER = "".join(f"{chr(ends[0])}-{chr(ends[-1])}" for ends in _ENDS)
+_MARKS = regex.compile(rf"[^\p{{ccc=0}}{_LATER}]{{2,}}")  # accents in a row, which NFD puts in a fixed order
 
 
 def _checked(text: str) -> str:
@@ -66,7 +67,15 @@ def _checked(text: str) -> str:
                          "character; replace it, as text.encode('utf-8', 'replace').decode() does")
     return text
 
-# %% ../../nbs/1_data/07_pieces.ipynb #a73600ff
+
+def _reorder(text: str, places: list[int], start: int, end: int) -> list[int]:
+    """The places of sorted marks: an accent that was split off goes with its letter, the others stay in sequence."""
+    inner = [at > 0 and places[at] == places[at - 1] for at in range(start, end)]
+    rest = iter([places[at] for at in range(start, end) if not inner[at - start]])
+    return [places[at] if inner[at - start] else next(rest)
+            for at in sorted(range(start, end), key=lambda at: unicodedata.combining(text[at]))]
+
+# %% ../../nbs/1_data/07_pieces.ipynb #b750bd8c
 class Normalizer:
     """BERT's clean-up: any text becomes words and marks of punctuation, with blanks between. [Devlin et al. 2019]"""
 
@@ -82,19 +91,24 @@ class Normalizer:
         text: str,  # any Unicode
     ) -> str:  # its words, with blanks between them
         """Clean a text up. Raises `ValueError` for lone surrogates, `TypeError` for what is no text."""
-        text = _checked(text).translate(self._first)
-        if self.lowercase and not text.isascii():
-            text = _MARKS.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
-        return text.translate(self._second)
+        return self._order(_checked(text).translate(self._first)).translate(self._second)
 
     def align(
         self,
         text: str,  # any Unicode
     ) -> tuple[str, list[int]]:  # what calling gives, and for each of its characters the place that it came from
         """Clean a text up, and keep account of where everything was. Raises as calling does."""
-        places = [at for at, char in enumerate(_checked(text)) for piece in self._first[ord(char)]
-                  for _ in self._second[ord(piece)]]
-        return self(text), places
+        places = [at for at, char in enumerate(_checked(text)) for _ in self._first[ord(char)]]
+        text = text.translate(self._first)
+        for run in _MARKS.finditer(text) if self.lowercase else ():
+            places[slice(*run.span())] = _reorder(text, places, *run.span())
+        found = [(new, at) for char, at in zip(self._order(text), places) for new in self._second[ord(char)]]
+        return "".join(new for new, _ in found), [at for _, at in found]
+
+    def _order(self, text: str) -> str:
+        if not self.lowercase or text.isascii():
+            return text
+        return _MARKS.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
 
     def _decompose(self, char: str) -> str:
         clean = _clean(char)
