@@ -22,7 +22,7 @@ _TEXT, _PICTURES = "Only for text", "Only for pictures"
 app = typer.Typer(help="Train, evaluate and run models of your own, on text and on pictures.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-# %% ../nbs/cli.ipynb #82b66f3e
+# %% ../nbs/cli.ipynb #2b0d87a7
 @app.command("train")
 def _train(
     context: typer.Context,
@@ -31,13 +31,13 @@ def _train(
         help="A text file, a folder of .txt and .md files, or a built-in corpus: python-reference, "
              "python-docstrings, python-source, shakespeare.", rich_help_panel=_TEXT)] = "python-reference",
     images: Annotated[Path | None, typer.Option(
-        help="A folder with a folder of pictures for each class, instead of a text.", rich_help_panel=_PICTURES)] = None,
+        help="A folder with a folder of pictures per class, instead of a text.", rich_help_panel=_PICTURES)] = None,
     minutes: Annotated[float, typer.Option(help="How long to train, on this machine.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="How many steps to train, instead of --minutes.")] = None,
     batch_size: Annotated[int | None, typer.Option(
         min=1, help="Windows of text in a batch (by default 8), or pictures (32).")] = None,
     learning_rate: Annotated[float | None, typer.Option(
-        help="Learning rate at its peak; by default 0.004 for text, 0.001 or 0.003 for pictures.")] = None,
+        help="Learning rate at its peak; by default 0.004 for text, 0.001 to 0.003 for pictures.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batches, dropout and augmentation.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, exactly.")] = False,
     vocab_size: Annotated[int | None, typer.Option(
@@ -225,7 +225,7 @@ def _generate(
         print(piece, end="", flush=True)
     print()
 
-# %% ../nbs/cli.ipynb #1facdcaf
+# %% ../nbs/cli.ipynb #660c6281
 @app.command("predict")
 def _predict(
     run: Annotated[Path, typer.Argument(help="A folder with a classifier of pictures.")],
@@ -240,7 +240,7 @@ def _predict(
     - `bigmodel predict run holiday/*.jpg --top 1`
     """
     if _task(run) != "pictures":
-        raise ValueError(f"{run} holds a language model, which knows no pictures; let it write: bigmodel generate {run}")
+        raise ValueError(f"{run} holds a language model, which sees nothing; let it write: bigmodel generate {run}")
     from bigmodel.applications.pictures import PictureClassifier
     from bigmodel.data.images import read_picture
 

@@ -26,7 +26,7 @@ from .models.gpt import GPT, GPTConfig
 from .training.runs import CHECKPOINT
 from .training.trainer import Trainer, TrainerConfig, next_token_loss
 
-# %% ../nbs/pipeline.ipynb #b852d291
+# %% ../nbs/pipeline.ipynb #f01d94fc
 @dataclass(frozen=True)
 class RunPlan:
     """What decides a training run. Each task has a plan of its own, with the fields that it needs."""
@@ -68,7 +68,7 @@ def task_of(
 class Plan(RunPlan):
     """What decides the training of a language model, from the text to the last step."""
 
-    task: ClassVar[str] = "text"
+    task: ClassVar[str] = "text"  # as `task_of` says
     data: str  # a file, a folder of text files, or the name of a built-in corpus
     fingerprint: str  # hash of the cleaned documents, to notice that they have changed
     batch_size: int  # windows in one batch
@@ -208,7 +208,7 @@ def _report(run: Run) -> str:
             f"           bigmodel evaluate {folder}\n"
             f"           transformers: AutoModelForCausalLM.from_pretrained({str(run.folder)!r})")
 
-# %% ../nbs/pipeline.ipynb #eae67efe
+# %% ../nbs/pipeline.ipynb #93c13ccb
 def start_run(
     folder: str | Path,  # where it shall live; may exist, but not hold a run
     data: str = "python-reference",  # a file, a folder of text files, or the name of a built-in corpus
@@ -233,7 +233,8 @@ def start_run(
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text, **shape))
     source = Path(data).expanduser()
     plan = Plan(str(source.resolve()) if source.exists() else data, fingerprint([*train, *validation]),
-                8 if batch_size is None else batch_size, steps or 1, 4e-3 if learning_rate is None else learning_rate, seed)
+                8 if batch_size is None else batch_size, steps or 1,
+                4e-3 if learning_rate is None else learning_rate, seed)
     run = Run(folder, plan, train, validation, tokenizer, model)
     if steps is None:
         run.plan = replace(plan, steps=plan_steps(model, run.batches(), minutes))
