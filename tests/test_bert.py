@@ -26,6 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 KINDS = [Bert, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertForQuestionAnswering]
 TINY = BertConfig(vocab_size=40, context_length=10, hidden_size=12, num_layers=2, num_heads=3, inner_size=20,
                   num_segments=2, num_classes=3, initializer_range=0.3)
+PAIR = BertConfig(**vars(TINY) | {"num_classes": 2})
 
 
 def settings(seed):
@@ -238,7 +239,34 @@ def test_inputs_out_of_range_are_named(tokens, segments, message):
         BertEncoder(TINY)(tokens, segments)
 
 
-@pytest.mark.parametrize("changes", [{"num_layers": 0}, {"num_classes": 2, "labels": ("one",)}, {"num_segments": 0},
+@pytest.mark.parametrize(("mask", "message"), [
+    (torch.ones(1, 3), "torch.float32"), (torch.ones(1, 3, dtype=torch.long), "torch.int64"),
+    (torch.ones(1, 2, dtype=torch.bool), r"\(1, 2\)"), (torch.tensor([[False, True, True]]), "padding on the right")])
+def test_masks_of_another_kind_are_refused(mask, message):
+    encoder = BertEncoder(TINY)
+    forward = getattr(BertEncoder.forward, "__wrapped__", BertEncoder.forward)  # without the checks of the tests
+    with pytest.raises(ValueError, match=message):
+        forward(encoder, torch.zeros(1, 3, dtype=torch.long), None, mask)
+
+
+def test_questions_have_two_scores():
+    with pytest.raises(ValueError, match="num_classes is 3; expected 2"):
+        BertForQuestionAnswering(TINY)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 41}, {"hidden_size": 15}, {"num_layers": 1}, {"norm_first": True}])
+def test_an_encoder_of_another_shape_is_refused(changes):
+    with pytest.raises(ValueError, match="another config"):
+        BertForMaskedLM(BertConfig(**vars(TINY) | changes), encoder=BertEncoder(TINY))
+
+
+def test_a_lone_encoder_has_the_weights_that_the_config_asks_for():
+    torch.manual_seed(0)
+    encoder = BertEncoder(BertConfig(**vars(TINY) | {"initializer_range": 0.02}))
+    assert 0.015 < encoder.token_embedding.weight.std() < 0.025
+
+
+@pytest.mark.parametrize("changes", [{"num_layers": 0}, {"padding": 99}, {"num_classes": 0}, {"num_classes": 2, "labels": ("one",)}, {"num_segments": 0},
                                      {"num_classes": 2, "labels": ("twin", "twin")}])
 def test_nonsense_settings_are_refused(changes):
     with pytest.raises(ValueError):
@@ -255,21 +283,14 @@ def test_weights_of_another_head_are_named(tmp_path):
 
 def broken(monkeypatch, how):
     """Break the model in one of the ways that parity must notice."""
-    embed, block = BertEncoder._embed, bert._block
+    embed, block = BertEncoder._embed, bert.TransformerBlock
     if how == "no segments":
         monkeypatch.setattr(BertEncoder, "_embed", lambda self, tokens, segments=None: embed(self, tokens))
     elif how == "norm first":
-        def moved(config):
-            made = block(config)
-            made.norm_first = True
-            return made
-        monkeypatch.setattr(bert, "_block", moved)
+        monkeypatch.setattr(bert, "TransformerBlock", lambda *sizes, **options: block(*sizes, **options | {
+            "norm_first": True}))
     elif how == "causal":
-        def causal(config):
-            made = block(config)
-            made.attention.causal = True
-            return made
-        monkeypatch.setattr(bert, "_block", causal)
+        monkeypatch.setattr(bert, "TransformerBlock", lambda *sizes, **options: block(*sizes, **options, causal=True))
     elif how == "query and key swapped":
         names = {name: bert.Joined((entry.names[1], entry.names[0], entry.names[2]))
                  if isinstance(entry, bert.Joined) else entry for name, entry in bert._NAMES.items()}
