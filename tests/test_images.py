@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -119,6 +120,56 @@ def test_16_bits_in_the_other_byte_order_and_in_colour():
 def test_32_bits_have_no_agreed_white():
     for mode in ("I", "F"):
         assert "32-bit" in refusal(encode(Image.new(mode, (3, 3), 7), "TIFF"))
+
+
+def tiff(values: bytes, bits: int, photometric: int | None, height: int, width: int) -> bytes:
+    """A grey TIFF written by hand: Pillow writes neither 12 bits nor 16 with white as zero."""
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height),
+            (279, len(values))]
+    tags = [tag for tag in tags if tag[1] is not None]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(values)) + values + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def packed(values: np.ndarray) -> bytes:
+    """12-bit numbers, two in three bytes, each row filled up to a byte."""
+    rows = ["".join(f"{value:012b}" for value in row) for row in values]
+    return b"".join(int(row.ljust(-(-len(row) // 8) * 8, "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in rows)
+
+
+@pytest.mark.parametrize("width", [1, 6, 7])
+def test_12_bits_of_a_tiff_are_scaled_to_white(width):
+    deep = noise(5, width, dtype=np.uint16) >> 4
+    deep[0, 0], deep[4, 0] = 4095, 0
+    content = tiff(packed(deep), 12, 1, 5, width)
+    assert np.array_equal(read_picture(content, "L")[:, :, 0], np.round(deep / (4095 / 255)))
+    assert read_picture(content).max() == 255, "taken for 16 bits, white would be 16"
+    check_picture(content)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_may_say_that_zero_is_white(bits):
+    values = noise(4, 6, dtype=f"u{bits // 8}")
+    for photometric in (0, 1):
+        found = read_picture(tiff(values.tobytes(), bits, photometric, 4, 6), "L")[:, :, 0]
+        expected = np.round(values / (257 if bits == 16 else 1))
+        assert np.array_equal(found, expected if photometric else 255 - expected)
+
+
+def test_numbers_of_a_tiff_whose_meaning_is_not_known_are_refused():
+    for bits, photometric in ((10, 1), (14, 1), (12, 0), (16, None), (16, 7)):
+        content = tiff(packed(noise(4, 6, dtype=np.uint16) >> 4) + bytes(99), bits, photometric, 4, 6)
+        if (bits, photometric) == (16, None):
+            assert read_picture(content).shape == (4, 6, 3)
+        else:
+            assert "is damaged" in refusal(content)
+
+
+def test_colour_profiles_are_not_applied():
+    from PIL import ImageCms
+
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert np.array_equal(read_picture(encode(smooth(), "PNG", icc_profile=lab)), smooth())
 
 
 @given(seed=st.integers(0, 1000))
@@ -375,13 +426,14 @@ def test_the_comparison_would_notice():
     assert not torch.allclose(right, preprocessor.normalize(careless), atol=0.1), "aliasing"
     swapped = Preprocessor((30, 20))([picture]).transpose(2, 3)
     assert not torch.allclose(right, swapped, atol=0.1), "height for width"
+    assert not torch.allclose(right, right + 2 / 127.5, rtol=0, atol=1.1 / 127.5), "two steps"
 
 
 @pytest.mark.parametrize("preprocessor", [
     Preprocessor(32), Preprocessor((7, 13), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     Preprocessor((9, 4), (0.1307,), (0.3081,))])
 def test_what_is_saved_transformers_loads_and_back(tmp_path, preprocessor):
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, ViTImageProcessorPil
 
     preprocessor.save(tmp_path / "dir with 空格")
     assert Preprocessor.from_pretrained(tmp_path / "dir with 空格") == preprocessor
@@ -389,8 +441,12 @@ def test_what_is_saved_transformers_loads_and_back(tmp_path, preprocessor):
     theirs.save_pretrained(tmp_path / "again")
     assert Preprocessor.from_pretrained(tmp_path / "again") == preprocessor
     pictures = [noise(31, 17, preprocessor.num_channels, seed=seed) for seed in range(3)]
-    expected = theirs(pictures, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    assert torch.equal(preprocessor(pictures), expected)
+    on_pillow = ViTImageProcessorPil.from_pretrained(tmp_path / "dir with 空格")
+    exact, near = (tool(pictures, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+                   for tool in (on_pillow, theirs))
+    assert torch.equal(preprocessor(pictures), exact)
+    one_step = 1.1 / 255 / min(preprocessor.std)  # where torchvision is installed, its class is chosen
+    assert torch.allclose(preprocessor(pictures), near, rtol=0, atol=one_step)
 
 
 @pytest.mark.parametrize("settings, says", [
@@ -398,14 +454,19 @@ def test_what_is_saved_transformers_loads_and_back(tmp_path, preprocessor):
     ({"do_resize": False}, "do_resize = False"), ({"do_normalize": False}, "do_normalize"),
     ({"rescale_factor": 1 / 127.5}, "rescale_factor"), ({"image_processor_type": "CLIPImageProcessor"}, "CLIP"),
     ({"feature_extractor_type": "ConvNextFeatureExtractor"}, "ConvNext"), ({"size": {"shortest_edge": 9}}, "shortest"),
-    ({"size": 0}, "size"), ({"image_mean": 0.5}, "image_mean"), ({"image_std": [0, 1, 1]}, "std"),
-    ({"image_mean": [0.5]}, "mean")])
+    ({"size": 0}, "size"), ({"image_mean": 0.5}, "mean is 0.5"), ({"image_std": [0, 1, 1]}, "std"),
+    ({"image_mean": [0.5]}, "mean"), ({"image_mean": ["a", "b", "c"]}, "mean is ['a'"), ({"image_mean": None}, "mean"),
+    ({"size": "224"}, "size is '224'"), ({"size": {"height": None, "width": 3}}, "size"), ({"size": [8, 8, 8]}, "size"),
+    ({"do_flip_channel_order": True}, "do_flip_channel_order = True"), ({"crop_pct": 0.875}, "crop_pct = 0.875"),
+    ({"offset": True}, "offset"), ({"do_pad": True}, "do_pad"), ({"size_divisor": 32}, "size_divisor"),
+    ({"default_to_square": False}, "default_to_square"), ({"data_format": "channels_last"}, "data_format")])
 def test_settings_of_other_processors_are_refused_by_name(tmp_path, settings, says):
     half = [0.5] * 3
     write_json(tmp_path / "preprocessor_config.json", {"size": 8, "image_mean": half, "image_std": half, **settings})
     with pytest.raises(ValueError) as caught:
         Preprocessor.from_pretrained(tmp_path)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "preprocessor_config.json"))
 
 
 def test_settings_of_older_transformers_are_read(tmp_path):
@@ -413,6 +474,13 @@ def test_settings_of_older_transformers_are_read(tmp_path):
         "do_normalize": True, "do_resize": True, "feature_extractor_type": "ViTFeatureExtractor", "resample": 2,
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": 224})
     assert Preprocessor.from_pretrained(tmp_path) == Preprocessor(224)
+    write_json(tmp_path / "preprocessor_config.json", {  # as transformers 4 writes it from its fast class
+        "crop_size": None, "data_format": "channels_first", "default_to_square": True, "device": None,
+        "disable_grouping": None, "do_center_crop": None, "do_convert_rgb": None, "do_normalize": True,
+        "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5], "image_processor_type":
+        "ViTImageProcessorFast", "image_std": [0.5, 0.5, 0.5], "input_data_format": None, "resample": 2,
+        "rescale_factor": 1 / 255, "return_tensors": None, "size": {"height": 9, "width": 7}})
+    assert Preprocessor.from_pretrained(tmp_path) == Preprocessor((9, 7))
     with pytest.raises(FileNotFoundError):
         Preprocessor.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "preprocessor_config.json").write_text("{")
@@ -445,19 +513,30 @@ def test_normalising_can_be_undone_and_batches_change_nothing(channels, seed):
 def test_other_arrays_are_refused_also_where_no_type_is_checked():
     code = """if True:
         import numpy as np
+        import torch
         from bigmodel.data.images import Preprocessor
         tool = Preprocessor(4)
+        attempts = [lambda: tool(torch.zeros(2, 3, 5, 6, dtype=torch.uint8)),
+                    lambda: tool.normalize(torch.rand(1, 3, 4, 4)),
+                    lambda: tool.normalize(torch.zeros(1, 1, 4, 4, dtype=torch.uint8)),
+                    lambda: tool.normalize(torch.zeros(3, 4, 4, dtype=torch.uint8)),
+                    lambda: Preprocessor(np.int64(4)), lambda: Preprocessor(None), lambda: Preprocessor("32"),
+                    lambda: Preprocessor(4, mean=0.5), lambda: Preprocessor(4, std=None),
+                    lambda: Preprocessor(4, mean=("a", "b", "c")), lambda: Preprocessor(4, mean="abc")]
         for wrong in ([np.zeros((5, 5, 3))], [np.zeros((5, 5), np.uint8)], [np.zeros((5, 5, 4), np.uint8)], [],
                       [np.zeros((0, 5, 3), np.uint8)], np.zeros((5, 5, 3), np.uint8), ["cat.png"]):
+            attempts.append(lambda wrong=wrong: tool(wrong))
+        for attempt in attempts:
             try:
-                print("accepted", tool(wrong).shape)
+                print("accepted", attempt())
             except ValueError as error:
                 print(error)
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
-    assert len(lines) == 7 and "accepted" not in run.stdout and all("expected" in line for line in lines)
-    assert "float64 (5, 5, 3)" in lines[0] and "4 channels" in lines[2] and "got str" in lines[6]
+    assert len(lines) == 18 and "accepted" not in run.stdout and all("expected" in line for line in lines)
+    assert "float64 (5, 5, 3)" in lines[11] and "4 channels" in lines[13] and "got str" in lines[17]
+    assert "float32 [1, 3, 4, 4]" in lines[1] and "size is None" in lines[5] and "mean is 0.5" in lines[7]
 
 
 # Sets of pictures

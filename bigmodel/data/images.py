@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FORMATS', 'check_picture', 'read_picture', 'Preprocessor', 'PictureSet', 'load_pictures']
 
-# %% ../../nbs/1_data/05_images.ipynb #17172232
+# %% ../../nbs/1_data/05_images.ipynb #a09c2fd0
 import io
 import logging
 import math
@@ -13,6 +13,7 @@ import tarfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,10 @@ from torch import Tensor
 
 from ..core import find_data, read_json, write_json
 
-# %% ../../nbs/1_data/05_images.ipynb #b98c8728
+# %% ../../nbs/1_data/05_images.ipynb #53ccfcad
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gibibyte as RGB, 9,459 pixels square
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # decoders that a picture may choose; Pillow has forty more
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # decoders that a picture may choose, of Pillow's many
 _SIGNATURES = (b"BM", b"GIF8", b"\xff\xd8", b"\x89PNG", b"II*\0", b"MM\0*", b"RIFF")  # how such files begin
-
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs about damaged files is in our errors
 
 # %% ../../nbs/1_data/05_images.ipynb #312c6e4a
@@ -44,20 +44,21 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
         return picture
     return picture.transpose(turn)
 
-# %% ../../nbs/1_data/05_images.ipynb #479c6a9e
-def _reduce_16_bits(picture: Image.Image, kind: str | None) -> Image.Image:
-    """Scale 0…65535 to 0…255, rounded; a value that means transparent becomes white."""
+# %% ../../nbs/1_data/05_images.ipynb #d82c6cd7
+def _reduce_16_bits(picture: Image.Image, kind: str | None, tags: Mapping[int, Any]) -> Image.Image:
+    """Scale 0…65535, or what a TIFF's tags say, to 0…255, rounded; a value that means transparent becomes white."""
     if picture.mode == "F" or picture.mode == "I" and kind != "PNG":
-        raise _Unreadable("holds 32-bit numbers, which have no agreed white; expected 8 or 16 bits: scale it yourself")
-    values = np.asarray(picture).astype(np.uint32)
-    values[values == picture.info.get("transparency", -1)] = 65535
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        raise _Unreadable("holds 32-bit or signed numbers, which have no agreed white; expected 8 or 16 bits: scale it")
+    values, white = np.asarray(picture).astype(np.uint32), 4095 if tags.get(258) == (12,) else 65535
+    values = white - values if tags.get(262) == 0 else values
+    values[values == picture.info.get("transparency", -1)] = white
+    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
 
 # %% ../../nbs/1_data/05_images.ipynb #21600dfe
 class _Unreadable(ValueError):  # its message begins with a verb: the name of the file goes before it
     pass
 
-# %% ../../nbs/1_data/05_images.ipynb #de087240
+# %% ../../nbs/1_data/05_images.ipynb #b6f1367a
 def _decode(file: io.BufferedIOBase, mode: str, max_pixels: int, quick: bool) -> Image.Image:
     picture = Image.open(file, formats=FORMATS)
     if not 0 < picture.width * picture.height <= max_pixels:
@@ -68,12 +69,12 @@ def _decode(file: io.BufferedIOBase, mode: str, max_pixels: int, quick: bool) ->
     picture.load()
     upright = _turn_upright(picture)
     if upright.mode[0] in "IF":
-        upright = _reduce_16_bits(upright, picture.format)
+        upright = _reduce_16_bits(upright, picture.format, getattr(picture, "tag_v2", {}))
     elif upright.has_transparency_data:
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
     return upright.convert(mode)
 
-# %% ../../nbs/1_data/05_images.ipynb #3ebadb64
+# %% ../../nbs/1_data/05_images.ipynb #6b3aa232
 def _diagnose(error: Exception, file: io.BufferedIOBase) -> str:
     if isinstance(error, _Unreadable):
         return str(error)
@@ -85,7 +86,7 @@ def _diagnose(error: Exception, file: io.BufferedIOBase) -> str:
     if not head.startswith(_SIGNATURES):
         return f"is no picture that can be read: it begins with {head!r}; expected {', '.join(FORMATS)}"
     known = not isinstance(error, Image.UnidentifiedImageError)
-    reason = (str(error) or type(error).__name__).splitlines()[0] if known else "its header makes no sense"
+    reason = (str(error) or type(error).__name__).splitlines()[0] if known else "or a rare kind: its header is not known"
     return f"is damaged or cut short ({reason}); copy it again, or remove it"
 
 # %% ../../nbs/1_data/05_images.ipynb #a85737aa
@@ -122,7 +123,7 @@ def check_picture(
     """Raise the error that `read_picture` would, in a fraction of the time for a large JPEG."""
     _read(source, "L", max_pixels, quick=True)
 
-# %% ../../nbs/1_data/05_images.ipynb #96cfbee3
+# %% ../../nbs/1_data/05_images.ipynb #9070065c
 def read_picture(
     source: str | Path | bytes,  # a file, or the content of one
     mode: str = "RGB",  # `"RGB"` for colour, `"L"` for grey
@@ -131,31 +132,34 @@ def read_picture(
     """Read a picture as it is meant to be seen, whatever its kind.
 
     It is turned as EXIF says, transparency is put on white, 16 bits are scaled to 8, palettes and CMYK are converted,
-    and of an animation or a document of several pages the first is taken.
+    of an animation or a document of several pages the first is taken. Colour profiles are not applied.
 
     Raises `FileNotFoundError`, or `ValueError` with the file and what is wrong: empty, damaged, no picture, bomb."""
     pixels = np.array(_read(source, mode, max_pixels))
     return pixels[:, :, None] if mode == "L" else pixels
 
-# %% ../../nbs/1_data/05_images.ipynb #366b78c8
+# %% ../../nbs/1_data/05_images.ipynb #e37e28c7
 _FILE = "preprocessor_config.json"
 _KINDS = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
+_SETTINGS = {"image_processor_type": _KINDS, "feature_extractor_type": _KINDS, "do_resize": (True,), "resample": (2,),
+             "do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,), "default_to_square": (True,),
+             "data_format": ("channels_first",)}  # any other must be absent, null or false, except these:
+_OTHERS = {"size", "image_mean", "image_std", "crop_size", "pad_size", "do_convert_rgb", "_valid_processor_keys"}
 
-# %% ../../nbs/1_data/05_images.ipynb #678a09fd
+# %% ../../nbs/1_data/05_images.ipynb #d44e723f
 @dataclass(frozen=True)
 class Preprocessor:
     """How a picture becomes a model's input: resized (bilinear, antialiased, by Pillow), then scaled and normalised.
 
-    The same numbers as transformers' `ViTImageProcessor`. Raises `ValueError` naming a field that is out of range."""
+    The same numbers, to the last bit, as transformers' `ViTImageProcessorPil`; its `ViTImageProcessor` on torchvision
+    resizes with other rounding, up to 1 in 255. Raises `ValueError` naming a field that is out of range."""
 
     size: tuple[int, int] | int  # height and width, or one number for both
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of each channel, on a scale of 0…1; three for colour, one for grey
     std: tuple[float, ...] = (0.5, 0.5, 0.5)  # standard deviation, likewise
 
     def __post_init__(self):
-        size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
-        _check_fields(size, self.mean, self.std)
-        vars(self).update(size=size, mean=tuple(map(float, self.mean)), std=tuple(map(float, self.std)))
+        vars(self).update(_check_fields(self.size, self.mean, self.std))
 
     @property
     def num_channels(self) -> int:
@@ -176,7 +180,10 @@ class Preprocessor:
         self,
         pixels: UInt8[Tensor, "batch channels height width"],  # 0…255
     ) -> Float[Tensor, "batch channels height width"]:  # (value / 255 - mean) / std
-        """Scale to 0…1, then subtract the mean and divide by the standard deviation of each channel."""
+        """Scale to 0…1, subtract each channel's mean, divide by its std. Raises `ValueError` for any other tensor."""
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != self.num_channels:
+            raise ValueError(f"got {pixels.dtype} {[*pixels.shape]}; expected uint8 [batch, {self.num_channels}, "
+                             "height, width] of 0…255: do not scale it before")
         mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -185,8 +192,8 @@ class Preprocessor:
         pictures: Sequence[UInt8[np.ndarray, "_ _ channels"]],  # of any sizes, at least one
     ) -> Float[Tensor, "batch channels height width"]:  # what a model takes
         """Turn pictures into one batch. Raises `ValueError` when there are none, or when one has other channels."""
-        if isinstance(pictures, np.ndarray) or not pictures:
-            raise ValueError("got no list of pictures; expected one or more: put a single picture in a list, [picture]")
+        if isinstance(pictures, (np.ndarray, Tensor)) or not pictures:
+            raise ValueError("got no list of pictures; expected [picture, …] of uint8 arrays; for a tensor: normalize")
         return self.normalize(_stack([self.resize(picture) for picture in pictures]))
 
     def save(
@@ -205,17 +212,19 @@ class Preprocessor:
         cls,
         folder: str | Path,  # with a preprocessor_config.json
     ) -> "Preprocessor":  # the same
-        """Read what `save`, or transformers' `ViTImageProcessor`, wrote.
+        """Read what `save`, or transformers' `ViTImageProcessor`, wrote. Raises `FileNotFoundError`, or `ValueError`
+        naming a setting that this class cannot represent."""
+        return cls(**_read_settings(read_json(Path(folder) / _FILE), f"{Path(folder) / _FILE}: "))
 
-        Raises `FileNotFoundError`, or `ValueError` naming a setting that this class cannot represent."""
-        return cls(**_read_settings(read_json(Path(folder) / _FILE), Path(folder) / _FILE))
-
-# %% ../../nbs/1_data/05_images.ipynb #5cd4f305
-def _check_fields(size: tuple, mean: tuple, std: tuple) -> None:
-    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        raise ValueError(f"size is {size!r}; expected a positive integer, or a pair (height, width) of them")
-    if not (len(mean) == len(std) in (1, 3) and all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
-        raise ValueError(f"mean is {mean} and std {std}; expected 3 finite numbers each, or 1 for grey, std above 0")
+# %% ../../nbs/1_data/05_images.ipynb #af778b45
+def _check_fields(size: Any, mean: Any, std: Any, file: str = "") -> dict[str, tuple]:
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"{file}size is {size!r}; expected a positive integer, or a pair (height, width) of them")
+    given = all(isinstance(x, (tuple, list)) and len(x) in (1, 3) for x in (mean, std)) and len(mean) == len(std)
+    if not (given and all(isinstance(x, Real) and math.isfinite(x) for x in (*mean, *std)) and min(std) > 0):
+        raise ValueError(f"{file}mean is {mean!r}, std {std!r}; expected 3 finite numbers each, or 1 for grey, std > 0")
+    return {"size": sides, "mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
 
 # %% ../../nbs/1_data/05_images.ipynb #eac67fe3
 def _check_array(picture: Any, channels: int) -> None:
@@ -230,21 +239,17 @@ def _check_array(picture: Any, channels: int) -> None:
 def _stack(pictures: Sequence[np.ndarray]) -> UInt8[Tensor, "batch channels height width"]:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
-# %% ../../nbs/1_data/05_images.ipynb #1c55587b
-def _read_settings(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    expected = {"image_processor_type": _KINDS, "feature_extractor_type": _KINDS, "do_center_crop": (False,),
-                "do_resize": (True,), "resample": (2,), "do_rescale": (True,), "rescale_factor": (1 / 255,),
-                "do_normalize": (True,), "do_pad": (False,)}
-    for name, values in expected.items():
-        if settings.get(name) not in (None, *values):
-            raise ValueError(f"{path} has {name} = {settings[name]!r}, which a Preprocessor cannot represent; "
-                             f"expected {' or '.join(map(repr, values))}")
-    size = settings.get("size", 224)
-    sides = size if isinstance(size, Mapping) else {"height": size, "width": size}
-    mean, std = (settings.get(name, [0.5] * 3) for name in ("image_mean", "image_std"))
-    if set(sides) != {"height", "width"} or not isinstance(mean, list) or not isinstance(std, list):
-        raise ValueError(f"{path} has size {size}, image_mean {mean}, image_std {std}; expected numbers")
-    return {"size": tuple(sides[side] for side in ("height", "width")), "mean": tuple(mean), "std": tuple(std)}
+# %% ../../nbs/1_data/05_images.ipynb #f889774a
+def _read_settings(settings: Mapping[str, Any], file: str) -> dict[str, tuple]:
+    for name, value in settings.items():
+        allowed = _SETTINGS.get(name, ())
+        if value is not None and value not in allowed if allowed else value and name not in _OTHERS:
+            expected = " or ".join(map(repr, allowed)) or "no such setting"
+            raise ValueError(f"{file}{name} = {value!r}, which a Preprocessor cannot represent; expected {expected}")
+    size, mean, std = (settings.get(*x) for x in (("size", 224), ("image_mean", [0.5] * 3), ("image_std", [0.5] * 3)))
+    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
+        size = (size["height"], size["width"])
+    return _check_fields(size, mean, std, file)
 
 # %% ../../nbs/1_data/05_images.ipynb #a1793ec1
 class PictureSet(NamedTuple):
@@ -254,10 +259,9 @@ class PictureSet(NamedTuple):
     targets: Int64[Tensor, " pictures"]  # the place of each picture's class in `classes`
     classes: tuple[str, ...]  # names
 
-# %% ../../nbs/1_data/05_images.ipynb #001823c7
+# %% ../../nbs/1_data/05_images.ipynb #2df1afbb
 def _digits() -> tuple[PictureSet, PictureSet]:
     from sklearn.datasets import load_digits
-
     digits = load_digits()  # 8 x 8, values 0…16
     pixels = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))[:, None]
     targets, names = torch.from_numpy(digits.target.astype(np.int64)), tuple(map(str, digits.target_names))
@@ -266,7 +270,7 @@ def _digits() -> tuple[PictureSet, PictureSet]:
 # %% ../../nbs/1_data/05_images.ipynb #53bd851f
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# %% ../../nbs/1_data/05_images.ipynb #4370cecf
+# %% ../../nbs/1_data/05_images.ipynb #8b57a2bf
 def _cifar10() -> tuple[PictureSet, PictureSet]:
     url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     sha256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -279,14 +283,12 @@ def _cifar10() -> tuple[PictureSet, PictureSet]:
         content = b"".join(archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names)
     rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, 1 + 3 * 32 * 32)  # a label, then pixels
     pixels, targets = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
-    train, test = slice(50000), slice(50000, None)
-    return PictureSet(pixels[train], targets[train], _CIFAR10), PictureSet(pixels[test], targets[test], _CIFAR10)
+    return tuple(PictureSet(pixels[part], targets[part], _CIFAR10) for part in (slice(50000), slice(50000, None)))
 
-# %% ../../nbs/1_data/05_images.ipynb #4e81ace0
+# %% ../../nbs/1_data/05_images.ipynb #1f653089
 def _cifar10_from_hub(missing: FileNotFoundError) -> tuple[PictureSet, PictureSet]:
     try:
         from datasets import load_dataset
-
         parts = load_dataset("uoft-cs/cifar10")
     except Exception as error:  # not installed, offline, unknown: the hub's client raises many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -295,7 +297,7 @@ def _cifar10_from_hub(missing: FileNotFoundError) -> tuple[PictureSet, PictureSe
     return tuple(PictureSet(_stack([np.asarray(picture) for picture in pixels[side]]), torch.tensor(targets[side]),
                             _CIFAR10) for side in ("train", "test"))
 
-# %% ../../nbs/1_data/05_images.ipynb #86703564
+# %% ../../nbs/1_data/05_images.ipynb #c7d40a3f
 def load_pictures(
     name: str,  # `"digits"` (8 x 8, grey, no network needed) or `"cifar10"` (32 x 32, colour)
     size: tuple[int, int] | int | None = None,  # height and width to resize to; None leaves them as they are
@@ -311,16 +313,14 @@ def load_pictures(
         raise ValueError(f"no pictures {name!r}; expected one of {', '.join(sets)}; use PictureFolder for your own")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels is {channels}; expected 3 for colour or 1 for grey")
-    train, test = sets[name]()
-    return _adapt(train, size, channels), _adapt(test, size, channels)
+    return tuple(_adapt(part, size, channels) for part in sets[name]())
 
-# %% ../../nbs/1_data/05_images.ipynb #9ce35638
+# %% ../../nbs/1_data/05_images.ipynb #d957c28b
 def _adapt(pictures: PictureSet, size: tuple[int, int] | int | None, channels: int | None) -> PictureSet:
     now = pictures.pixels.shape[1]
     arrays = list(pictures.pixels.permute(0, 2, 3, 1).numpy())
     if size is not None:
-        preprocessor = Preprocessor(size, (0.5,) * now, (0.5,) * now)
-        arrays = [preprocessor.resize(array) for array in arrays]
+        arrays = [*map(Preprocessor(size, (0.5,) * now, (0.5,) * now).resize, arrays)]
     if now == 3 and channels == 1:
         arrays = [np.asarray(Image.fromarray(array).convert("L"))[:, :, None] for array in arrays]
     return pictures._replace(pixels=_stack(arrays).expand(-1, channels or now, -1, -1).contiguous())
