@@ -74,6 +74,12 @@ def test_control_a_mistake_is_seen(broken):
     ((1, 6, 9, 9), (5, 3, 3, 3), {"groups": 2}, "a multiple of 2 filters"),
     ((1, 3, 2, 9), (6, 3, 3, 3), {}, "a filter of 3 .* does not fit into 2 .* larger picture or more padding"),
     ((1, 3, 9, 4), (6, 3, 3, 3), {"dilation": 2}, "dilation 2"),
+    ((1, 3, 9, 9), (6, 3, 3, 3), {"stride": 0}, "stride 0.*expected the first two to be at least 1"),
+    ((1, 3, 9, 9), (6, 3, 3, 3), {"stride": -1}, "stride -1"),
+    ((1, 3, 9, 9), (6, 3, 3, 3), {"dilation": 0}, "dilation 0"),
+    ((1, 3, 9, 9), (6, 3, 3, 3), {"padding": -1}, "padding -1"),
+    ((1, 3, 9, 9), (6, 3, 3, 3), {"groups": 0}, "in 0 groups"),
+    ((1, 3, 9, 9), (6, 3, 3, 3), {"bias": torch.zeros(1)}, r"bias has shape \(1,\); expected 6 numbers"),
 ])
 def test_what_does_not_fit_is_refused(pixels, weight, options, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -344,6 +350,13 @@ def test_another_order_than_the_registered_one_is_noticed():
     with pytest.raises(ValueError, match="output differs by .* run directly behind the convolution") as error:
         fold_norms(model, torch.randn(2, 4, 5, 5))
     assert "\n" not in str(error.value) and model.training
+
+
+def test_a_copy_that_is_no_number_is_noticed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), used_norm(4))
+    model[1].running_var.fill_(float("nan"))
+    with pytest.raises(ValueError, match="output differs by nan"):
+        fold_norms(model, torch.randn(2, 3, 5, 5))
 
 
 def test_a_resnet_and_its_folded_copy_agree():

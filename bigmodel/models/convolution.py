@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from .attention import MultiHeadAttention
 
-# %% ../../nbs/2_models/04_convolution.ipynb #61048b3b
+# %% ../../nbs/2_models/04_convolution.ipynb #f0e721a4
 def convolve(
     pixels: Float[Tensor, "batch in_channels height width"],  # pictures or feature maps
     weight: Float[Tensor, "out_channels in_per_group kernel_height kernel_width"],  # one filter for each new channel
-    bias: Float[Tensor, " out_channels"] | None = None,  # added to each new channel
+    bias: Float[Tensor, " biases"] | None = None,  # one number for each new channel, added to it
     stride: int = 1,  # steps by which the filters move
     padding: int = 0,  # rows and columns of zeros put around the picture
     dilation: int = 1,  # distance between the pixels that neighbouring weights meet
@@ -32,8 +32,10 @@ def convolve(
 ) -> Float[Tensor, "batch out_channels new_height new_width"]:  # how well each filter matches at each place
     """Slide filters over pictures, as one matrix product: what `torch.nn.functional.conv2d` computes.
 
-    Raises `ValueError` when channels do not fit the groups, or when the filter is larger than the padded picture."""
+    Raises `ValueError` when channels do not fit the groups, when the bias does not fit the filters, when the filter is
+    larger than the padded picture, and for a stride, dilation or padding that makes no sense."""
     _check_groups(pixels, weight, groups)
+    _check_options(weight, bias, stride, padding, dilation)
     new = [_places(size, kernel, stride, padding, dilation) for size, kernel in zip(pixels.shape[2:], weight.shape[2:])]
     columns = F.unfold(pixels, weight.shape[2:], dilation, padding, stride)  # (batch, in * kernel, places)
     columns = columns.unflatten(1, (groups, -1))  # (batch, groups, in / groups * kernel, places)
@@ -41,7 +43,7 @@ def convolve(
     result = (rows @ columns).flatten(1, 2).unflatten(2, new)
     return result if bias is None else result + bias[:, None, None]
 
-# %% ../../nbs/2_models/04_convolution.ipynb #d802f70b
+# %% ../../nbs/2_models/04_convolution.ipynb #aa0e8a1a
 def _places(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """How many places a filter has along one side."""
     free = size + 2 * padding - dilation * (kernel - 1) - 1
@@ -53,9 +55,17 @@ def _places(size: int, kernel: int, stride: int, padding: int, dilation: int) ->
 
 def _check_groups(pixels: Tensor, weight: Tensor, groups: int) -> None:
     channels, (filters, per_group) = pixels.shape[1], weight.shape[:2]
-    if channels != per_group * groups or filters % groups:
+    if groups < 1 or channels != per_group * groups or filters % groups:
         raise ValueError(f"{channels} channels do not fit {filters} filters of {per_group} each in {groups} groups; "
                          f"expected {per_group * groups} channels and a multiple of {groups} filters")
+
+
+def _check_options(weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> None:
+    if min(stride, dilation) < 1 or padding < 0:
+        raise ValueError(f"stride {stride}, dilation {dilation}, padding {padding}; expected the first two to be at least 1, "
+                         "and the padding at least 0")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the bias has shape {tuple(bias.shape)}; expected {len(weight)} numbers, one for each filter")
 
 # %% ../../nbs/2_models/04_convolution.ipynb #03ef5d54
 class ReceptiveField(NamedTuple):
@@ -99,14 +109,14 @@ def _window(layer: nn.Module) -> tuple[int, int, int]:
         raise ValueError(f"{layer} has unequal sides; expected a square window")
     return kernel[0], stride[0], dilation[0]
 
-# %% ../../nbs/2_models/04_convolution.ipynb #6100f5ae
+# %% ../../nbs/2_models/04_convolution.ipynb #01a82fff
 def count_operations(
     model: nn.Module,  # stays as it is
     pixels: Tensor,  # a batch to run; on the meta device, together with the model, it costs nothing
 ) -> dict[str, int]:  # multiply-adds of each layer by its name, in the order of the forward pass
-    """Count the multiply-adds of all convolutions, linear layers and attentions; additions of a bias are not counted.
+    """Count the multiply-adds of every `nn.Conv2d`, `nn.Linear` and `MultiHeadAttention`; adding a bias is not counted.
 
-    What papers call an operation is sometimes a multiply-add, and sometimes half of one."""
+    Layers of other kinds, such as `nn.Conv1d`, are left out. What papers call an operation is sometimes a multiply-add, and sometimes half of one."""
     counts, hooks = Counter(), []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear | MultiHeadAttention):
@@ -160,15 +170,16 @@ def fold_norm(
         folded.bias = nn.Parameter(shift if conv.bias is None else shift + conv.bias * scale)
     return folded
 
-# %% ../../nbs/2_models/04_convolution.ipynb #1cb271a3
+# %% ../../nbs/2_models/04_convolution.ipynb #6c59ac7e
 def fold_norms(
     model: nn.Module,  # stays as it is
     pixels: Tensor | None = None,  # pictures on which the copy is compared with the model; None: no comparison
 ) -> nn.Module:  # a copy for inference, in evaluation mode
     """Fold every `nn.BatchNorm2d` into the `nn.Conv2d` that stands directly before it in the same parent module.
 
-    An `nn.Identity` takes the place of each folded norm. The copy computes the same, faster, and is not meant to be
-    trained or saved. Raises `ValueError` when the copy's output differs, because the model runs in another order."""
+    An `nn.Identity` takes the place of each folded norm. The copy computes the same with fewer operations, and is
+    not meant to be trained or saved. Raises `ValueError` when its output differs, because the model runs in another
+    order."""
     folded = deepcopy(model).eval()
     for parent in list(folded.modules()):
         children = list(parent.named_children())
@@ -182,11 +193,12 @@ def fold_norms(
         _compare(model, folded, pixels)
     return folded
 
-# %% ../../nbs/2_models/04_convolution.ipynb #59d79cb6
+# %% ../../nbs/2_models/04_convolution.ipynb #31faca16
 def _compare(model: nn.Module, folded: nn.Module, pixels: Tensor) -> None:
     with _evaluating(model), torch.no_grad():
         before, after = model(pixels), folded(pixels)
-    if (difference := (after - before).abs().max()) > 1e-3 * before.abs().max().clamp(min=1):
+    difference, limit = (after - before).abs().max(), 1e-3 * before.abs().max().clamp(min=1)
+    if not difference <= limit:  # NaN too
         raise ValueError(f"with its norms folded the model's output differs by {difference:.2g}; expected batch norms "
                          "that run directly behind the convolution they are registered behind")
 
