@@ -555,3 +555,21 @@ def test_a_file_in_other_words_is_refused(tmp_path):
     write_tensors(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError, match="classifier.1.bias is missing"):
         ResNet.from_pretrained(tmp_path)
+
+
+def test_files_that_do_not_count_batches_load_with_a_count_of_zero(tmp_path):
+    torch.manual_seed(0)
+    ours = ResNet(ResNetConfig(stem_channels=8, stage_channels=(8, 12), depths=(1, 1), num_classes=3)).eval()
+    ours.save_pretrained(tmp_path)
+    stored, _ = read_tensors(tmp_path / "model.safetensors")
+    old = {name: tensor for name, tensor in stored.items() if not name.endswith("num_batches_tracked")}
+    assert len(old) < len(stored)
+    write_tensors(tmp_path / "model.safetensors", old)
+    again = ResNet.from_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(pixels), ours(pixels))
+    assert all(buffer == 0 for name, buffer in again.named_buffers() if name.endswith("num_batches_tracked"))
+    del old[next(name for name in old if name.endswith("running_mean"))]
+    write_tensors(tmp_path / "model.safetensors", old)
+    with pytest.raises(ValueError, match="running_mean is missing"):
+        ResNet.from_pretrained(tmp_path)
