@@ -74,7 +74,7 @@ def _decode(file: io.BufferedIOBase, mode: str, max_pixels: int, quick: bool) ->
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
     return upright.convert(mode)
 
-# %% ../../nbs/1_data/05_images.ipynb #6b3aa232
+# %% ../../nbs/1_data/05_images.ipynb #2575c637
 def _diagnose(error: Exception, file: io.BufferedIOBase) -> str:
     if isinstance(error, _Unreadable):
         return str(error)
@@ -86,7 +86,7 @@ def _diagnose(error: Exception, file: io.BufferedIOBase) -> str:
     if not head.startswith(_SIGNATURES):
         return f"is no picture that can be read: it begins with {head!r}; expected {', '.join(FORMATS)}"
     known = not isinstance(error, Image.UnidentifiedImageError)
-    reason = (str(error) or type(error).__name__).splitlines()[0] if known else "or a rare kind: its header is not known"
+    reason = (str(error) or type(error).__name__).splitlines()[0] if known else "or a rare kind: an unknown header"
     return f"is damaged or cut short ({reason}); copy it again, or remove it"
 
 # %% ../../nbs/1_data/05_images.ipynb #a85737aa
@@ -146,13 +146,13 @@ _SETTINGS = {"image_processor_type": _KINDS, "feature_extractor_type": _KINDS, "
              "data_format": ("channels_first",)}  # any other must be absent, null or false, except these:
 _OTHERS = {"size", "image_mean", "image_std", "crop_size", "pad_size", "do_convert_rgb", "_valid_processor_keys"}
 
-# %% ../../nbs/1_data/05_images.ipynb #d44e723f
+# %% ../../nbs/1_data/05_images.ipynb #636f5017
 @dataclass(frozen=True)
 class Preprocessor:
     """How a picture becomes a model's input: resized (bilinear, antialiased, by Pillow), then scaled and normalised.
 
     The same numbers, to the last bit, as transformers' `ViTImageProcessorPil`; its `ViTImageProcessor` on torchvision
-    resizes with other rounding, up to 1 in 255. Raises `ValueError` naming a field that is out of range."""
+    rounds otherwise, by up to 2 in 255. Raises `ValueError` naming a field that is out of range."""
 
     size: tuple[int, int] | int  # height and width, or one number for both
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of each channel, on a scale of 0…1; three for colour, one for grey
