@@ -1,4 +1,4 @@
-"""Transfer: what is frozen stays as it is to the last bit, probes against scikit-learn's, heads that others can load."""
+"""Transfer: what is frozen stays as it is to the last bit, probes against scikit-learn's, heads for others to load."""
 
 import copy
 
@@ -56,7 +56,7 @@ def test_parts_that_go_on_learning_go_on_with_their_norms():
 def test_frozen_dropout_is_off_and_the_rest_is_on():
     model, x = freeze(vgg(), keep=("hidden.3", "head")).train(), torch.randn(2, 1, 16, 16)
     model(x)
-    assert [module.training for module in model.hidden] == [False, True, True, True, True, True]  # it is only partly frozen
+    assert [module.training for module in model.hidden] == [False, True, True, True, True, True]  # partly frozen
     model = freeze(vgg()).train()
     assert torch.equal(model.encode(x), model.encode(x))
 
@@ -96,8 +96,8 @@ def test_a_frozen_run_resumes(tmp_path):
 @pytest.mark.parametrize("part", ["heads", "pool", "stages.7", "head.weight.x"])
 def test_a_part_that_is_not_there(part):
     model = resnet()
-    for attempt in (lambda: freeze(model, (part,)), lambda: rates_by_part({"": 1.0, part: 1.0})(model, TrainerConfig(1))):
-        with pytest.raises(ValueError, match=f"no weights belong to '{part}'; the model's parts are stem, .*head") as error:
+    for attempt in (lambda: freeze(model, (part,)), lambda: rates_by_part({part: 1.0})(model, TrainerConfig(steps=1))):
+        with pytest.raises(ValueError, match=f"no weights belong to '{part}'; the model's parts are stem, ") as error:
             attempt()
         assert "\n" not in str(error.value)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -111,7 +111,8 @@ def test_features_are_what_the_head_takes():
     model(next(iter(batches))[0])  # so that its norms have seen something
     before = copy.deepcopy(model.state_dict())
     features, labels = extract_features(model.train(), batches)
-    assert model.training and changed(before, model) == [] and torch.equal(labels, targets) and not features.requires_grad
+    assert model.training and changed(before, model) == [] and torch.equal(labels, targets)
+    assert not features.requires_grad
     whole = next(iter(ordered_batches(pixels, targets, 100)))[0]
     torch.testing.assert_close(model.eval().head(features), model(whole))
     with pytest.raises(ValueError, match="no pictures; expected batches"):
@@ -212,7 +213,8 @@ def test_each_part_moves_at_its_own_rate():
 
 def test_norms_and_biases_do_not_decay_in_any_part():
     optimizer = rates_by_part({"": 0.1, "head": 1.0})(resnet(), TrainerConfig(steps=1, weight_decay=0.3))
-    assert all(group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0) for group in optimizer.param_groups)
+    decays = {group["params"][0].ndim > 1: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {True: 0.3, False: 0.0}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(resnet().parameters()))
 
 

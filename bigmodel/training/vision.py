@@ -120,7 +120,7 @@ def recompute_norms(
         if not norm.num_batches_tracked:
             raise ValueError("the batch norms have seen no batch; expected batches of training pictures")
 
-# %% ../../nbs/3_training/04_vision.ipynb #117f93aa
+# %% ../../nbs/3_training/04_vision.ipynb #d0e5aaef
 def averaged_model(
     model: nn.Module,  # as it was given to the trainer; it stays as it is
     optimizer: Optimizer,  # made by `averaged`, and stepped: `trainer.state.optimizer`
@@ -132,7 +132,7 @@ def averaged_model(
     Raises `ValueError` when the optimizer has no averages."""
     averages = [optimizer.state.get(weight, {}).get("average") for weight in model.parameters()]
     if all(average is None for average in averages):
-        raise ValueError("this optimizer keeps no averages of this model; expected one made by averaged(), after a step")
+        raise ValueError("the optimizer keeps no averages of this model; expected one made by averaged, after a step")
     copied = copy.deepcopy(model)
     copied.zero_grad()
     with torch.no_grad():
