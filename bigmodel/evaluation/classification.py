@@ -198,7 +198,7 @@ def worst_mistakes(
     ranked = score.losses.masked_fill(score.correct, -1.0).argsort(descending=True, stable=True)
     return ranked[:int((~score.correct).sum())][:count].tolist()
 
-# %% ../../nbs/4_evaluation/02_classification.ipynb #8699c5c2
+# %% ../../nbs/4_evaluation/02_classification.ipynb #04f354e6
 def wilson_interval(
     successes: int,  # how many of the trials came out right
     trials: int,  # at least 1
@@ -212,9 +212,9 @@ def wilson_interval(
     z, rate = NormalDist().inv_cdf((1 + level) / 2), successes / trials
     middle = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(max(0.0, middle - half), rate), max(min(1.0, middle + half), rate)
 
-# %% ../../nbs/4_evaluation/02_classification.ipynb #33e955e3
+# %% ../../nbs/4_evaluation/02_classification.ipynb #d48813f8
 @dataclass(frozen=True)
 class Comparison:
     """Two classifiers on the same examples. Only where one is right and the other wrong do they differ."""
@@ -238,11 +238,13 @@ def compare(
         raise ValueError("the classifiers were measured on different examples; expected the same, in the same order")
     total = len(first.targets)
     one, other = (int((a.correct & ~b.correct).sum()) for a, b in ((first, second), (second, first)))
-    as_uneven = sum(math.comb(one + other, count) for count in range(min(one, other) + 1))
+    count = np.arange(1, min(one, other) + 1)
+    logs = np.cumsum(np.log((one + other + 1 - count) / count))  # of the binomial coefficients, but for the first
+    as_uneven = math.fsum(np.exp(np.append(logs, 0) - (one + other) * math.log(2)))
     shares = [one / total, other / total, 1 - (one + other) / total]
     draws = np.random.default_rng(seed).multinomial(total, shares, size=10_000)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / total, [0.025, 0.975]).tolist()
-    return Comparison(one, other, (one - other) / total, (low, high), min(1.0, 2 * as_uneven / 2 ** (one + other)))
+    return Comparison(one, other, (one - other) / total, (low, high), min(1.0, 2 * as_uneven))
 
 # %% ../../nbs/4_evaluation/02_classification.ipynb #299da4ee
 @dataclass(frozen=True, eq=False)
