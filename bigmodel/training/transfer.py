@@ -36,7 +36,7 @@ def extract_features(
     features, targets = map(torch.cat, zip(*pairs))
     return features, targets
 
-# %% ../../nbs/3_training/05_transfer.ipynb #9084e7a8
+# %% ../../nbs/3_training/05_transfer.ipynb #66161126
 def fit_probe(
     features: Float[Tensor, "pictures features"],  # what a frozen model says about each picture
     targets: Int[Tensor, "pictures"],  # the classes
@@ -56,7 +56,8 @@ def fit_probe(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(standard @ weight.T + bias, targets, reduction="sum") + penalty / 2 * weight.square().sum()
+        loss = F.cross_entropy(standard @ weight.T + bias, targets, reduction="sum")
+        loss = loss + penalty / 2 * weight.square().sum()
         loss.backward()
         return loss
 
@@ -149,7 +150,7 @@ def freeze(
         module.register_forward_pre_hook(_evaluate)
     return model
 
-# %% ../../nbs/3_training/05_transfer.ipynb #54ee0063
+# %% ../../nbs/3_training/05_transfer.ipynb #e9f0c1dc
 def rates_by_part(
     factors: Mapping[str, float],  # part -> its share of the learning rate; "" stands for all that no other part claims
 ) -> Callable[[nn.Module, TrainerConfig], Optimizer]:  # to be given to `Trainer(optimizer=...)`
@@ -166,7 +167,7 @@ def rates_by_part(
             if parameter.requires_grad:
                 parts = [part for part in factors if _belongs(name, part)]
                 if not parts:
-                    raise ValueError(f"no learning rate for {name}; expected a part that holds it, or '' for all others")
+                    raise ValueError(f"no learning rate for {name}; expected a part that holds it, or '' for the rest")
                 shares.setdefault(max(parts, key=len), nn.ParameterList()).append(parameter)
         groups = [group | {"lr": config.learning_rate * factors[part]}
                   for part, share in shares.items() for group in parameter_groups(share, config.weight_decay)]
