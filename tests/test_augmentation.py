@@ -305,12 +305,24 @@ def test_compose_does_its_steps_in_order():
 @pytest.mark.parametrize("make, message", [
     (lambda: Crop(-1), "padding of Crop is -1"), (lambda: Flip(1.5), "probability of Flip is 1.5.*to 1"),
     (lambda: Affine(scale=1.0), "scale of Affine"), (lambda: Affine(shear=90.0), "shear of Affine"),
+    (lambda: Affine(translate=5), "translate of Affine is 5.*to 1"),
     (lambda: Affine(degrees=float("nan")), "degrees of Affine is nan"),
     (lambda: Color(contrast=2.0), "contrast of Color"),
     (lambda: Noise(-0.1), "std of Noise"), (lambda: Cutout(-3), "size of Cutout")])
 def test_strengths_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step).__name__)
+@pytest.mark.parametrize("pixels, found", [
+    (torch.zeros(2, 3, 6, 8, dtype=torch.uint8), r"torch.uint8 of shape \(2, 3, 6, 8\)"),
+    (torch.zeros(3, 6, 8), r"torch.float32 of shape \(3, 6, 8\)"),
+    (torch.zeros(2, 3, 6, 8).long(), "torch.int64"), (torch.zeros(1, 2, 3, 6, 8), r"torch.float32 of shape \(1, 2,")])
+def test_pixels_that_are_no_floats_with_four_axes(step, pixels, found):
+    with pytest.raises(ValueError, match=f"pixels are {found}.*; expected numbers from 0 to 1, as floats") as caught:
+        step(pixels, chance())
     assert "\n" not in str(caught.value)
 
 
@@ -463,6 +475,7 @@ def test_any_integers_are_targets(dtype):
     (dict(targets=torch.zeros(6, 2, dtype=torch.long)), "expected 6 integers"),
     (dict(targets=torch.rand(6)), "targets are torch.float32"),
     (dict(targets=torch.ones(6) > 0), "targets are torch.bool"),
+    (dict(targets=torch.arange(6) - 1), "targets from -1 to 4; expected classes from 0 on"),
     (dict(batch_size=0), "batch_size is 0"), (dict(mean=(0.5, 0.5)), r"mean is \(0.5, 0.5\) .* for 1 channel"),
     (dict(std=(0.0,)), "every std above 0"), (dict(mean=()), "expected one number")])
 def test_sets_that_make_no_sense(change, message):

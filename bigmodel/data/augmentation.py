@@ -18,23 +18,29 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #45e5256d
+# %% ../../nbs/1_data/06_augmentation.ipynb #e4c5ef7c
 Pixels = Float[Tensor, "batch channels height width"]  # pictures as numbers from 0 (black) to 1
 Augmentation = Callable[[Pixels, torch.Generator], Pixels]  # the generator is where chance comes from
 
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #4bc10d93
 def _spread(values: Tensor) -> Tensor:
     return values[:, None, None, None]  # one value for each picture, so that it acts on the whole picture
 
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #df911c1e
 def _draw(rows: int, pixels: Tensor, generator: torch.Generator) -> Float[Tensor, "rows batch"]:
     """Draw numbers from -1 to 1 for each picture; on the CPU, so that they are the same for every device."""
     return (torch.rand(rows, len(pixels), generator=generator) * 2 - 1).to(pixels)
 
+# %% ../../nbs/1_data/06_augmentation.ipynb #b8a72ec4
+def _check_pixels(pixels: Tensor) -> None:
+    if pixels.ndim != 4 or not pixels.is_floating_point():
+        raise ValueError(f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; expected numbers from 0 to 1, as "
+                         "floats of shape (pictures, channels, height, width)")
 
-_MOST = {"probability": 1, "brightness": 1, "contrast": 1, "saturation": 1, "scale": 0.9, "shear": 80}
+# %% ../../nbs/1_data/06_augmentation.ipynb #89c1681e
+_MOST = {"probability": 1, "translate": 1, "brightness": 1, "contrast": 1, "saturation": 1, "scale": 0.9, "shear": 80}
 
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #4478a76e
 class _Step:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -42,14 +48,18 @@ class _Step:
                 raise ValueError(f"{name} of {type(self).__name__} is {value}; expected a number from 0, "
                                  f"which changes nothing, to {most}")
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #6e34f4c8
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Pixels:
+        _check_pixels(pixels)
+        return self._change(pixels, generator)
+
+# %% ../../nbs/1_data/06_augmentation.ipynb #331d18c0
 @dataclass(frozen=True)
 class Crop(_Step):
     """Move each picture by whole pixels: pad it with black, and cut out a window of the old size anywhere."""
 
     padding: int = 4  # how far it moves at most, in pixels, along each axis
 
-    def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
+    def _change(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         count, _, height, width = pixels.shape
         if self.padding >= min(height, width):
             raise ValueError(f"Crop(padding={self.padding}) could move a picture of {height}x{width} pixels "
@@ -58,14 +68,14 @@ class Crop(_Step):
         windows = F.pad(pixels, [self.padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
         return windows[torch.arange(count, device=pixels.device), :, top, left]  # windows are views: nothing is copied
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #1a6ac869
+# %% ../../nbs/1_data/06_augmentation.ipynb #876e7e78
 @dataclass(frozen=True)
 class Flip(_Step):
     """Exchange left and right in some of the pictures."""
 
     probability: float = 0.5  # of being flipped
 
-    def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
+    def _change(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         chosen = torch.rand(len(pixels), generator=generator) < self.probability
         return torch.where(_spread(chosen).to(pixels.device), pixels.flip(-1), pixels)
 
@@ -103,7 +113,7 @@ def affine_matrices(
     offset = centre - (turn @ (centre + shift)[..., None])[..., 0]
     return torch.cat([turn, offset[..., None]], 2)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #a0b6b9b9
+# %% ../../nbs/1_data/06_augmentation.ipynb #f3ededd1
 @dataclass(frozen=True)
 class Affine(_Step):
     """Rotate, shift, scale and shear each picture by its own amounts, with one interpolation for all four."""
@@ -113,14 +123,14 @@ class Affine(_Step):
     scale: float = 0.0  # its size changes by at most this share: 0.1 is a factor from 0.9 to 1.1
     shear: float = 0.0  # upright lines lean by at most so many degrees, either way
 
-    def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
+    def _change(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         height, width = pixels.shape[2:]
         turn, right, down, scale, shear = _draw(5, pixels, generator)
         shift = torch.stack([right * width, down * height], 1) * self.translate
         return warp(pixels, affine_matrices((height, width), turn * self.degrees, shift, 1 + scale * self.scale,
                                             shear * self.shear))
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #5bbc6ac4
+# %% ../../nbs/1_data/06_augmentation.ipynb #b0d21a9d
 def _to_grey(pixels: Pixels) -> Float[Tensor, "batch 1 height width"]:
     """Weigh the channels by how bright they look. [ITU-R BT.601, as in PIL and OpenCV]"""
     if pixels.shape[1] == 1:
@@ -130,7 +140,7 @@ def _to_grey(pixels: Pixels) -> Float[Tensor, "batch 1 height width"]:
     red, green, blue = pixels.split(1, dim=1)
     return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #a5ba8d76
 def adjust_colors(
     pixels: Pixels,  # from 0 to 1
     brightness: Float[Tensor, "batch"],  # factors: 0 is black, 1 changes nothing
@@ -138,12 +148,13 @@ def adjust_colors(
     saturation: Float[Tensor, "batch"],  # factors: 0 is a grey picture, 1 changes nothing
 ) -> Pixels:  # from 0 to 1
     """Change brightness, then contrast, then saturation, as PIL's `ImageEnhance` does, and cut off after each."""
+    _check_pixels(pixels)
     pixels = (pixels * _spread(brightness)).clamp_(0, 1)
     mean = _to_grey(pixels).mean((1, 2, 3), keepdim=True)
     pixels = torch.lerp(mean, pixels, _spread(contrast)).clamp_(0, 1)
     return torch.lerp(_to_grey(pixels), pixels, _spread(saturation)).clamp_(0, 1)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #c5931e48
+# %% ../../nbs/1_data/06_augmentation.ipynb #c03ee451
 @dataclass(frozen=True)
 class Color(_Step):
     """Change brightness, contrast and saturation of each picture by factors of its own."""
@@ -152,36 +163,34 @@ class Color(_Step):
     contrast: float = 0.0  # likewise
     saturation: float = 0.0  # likewise; grey pictures have none
 
-    def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
+    def _change(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         brightness, contrast, saturation = _draw(3, pixels, generator)
         return adjust_colors(pixels, 1 + brightness * self.brightness, 1 + contrast * self.contrast,
                              1 + saturation * self.saturation)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #c4969ce5
+# %% ../../nbs/1_data/06_augmentation.ipynb #1d0003d5
 @dataclass(frozen=True)
 class Noise(_Step):
     """Add Gaussian noise, more of it to some pictures than to others."""
 
     std: float = 0.1  # the noise of a picture has a standard deviation from 0 to this
 
-    def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
+    def _change(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         strength = _spread(torch.rand(len(pixels), generator=generator) * self.std)
-        noise = torch.randn(pixels.shape, generator=generator).mul_(strength)
-        return noise.to(pixels).add_(pixels).clamp_(0, 1)
+        return torch.randn(pixels.shape, generator=generator).mul_(strength).to(pixels).add_(pixels).clamp_(0, 1)
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #e1b8f089
+# %% ../../nbs/1_data/06_augmentation.ipynb #06305812
 @dataclass(frozen=True)
 class Cutout(_Step):
     """Black out one square of each picture, so that no detail becomes indispensable. [DeVries & Taylor 2017]"""
 
     size: int = 8  # side of the square, in pixels; near the border only a part of it lies in the picture
 
-    def __call__(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
+    def _change(self, pixels: Pixels, generator: torch.Generator) -> Pixels:
         hidden = []  # in the rows, in the columns
         for side in pixels.shape[2:]:
-            first = torch.randint(side, (len(pixels), 1), generator=generator) - self.size // 2
-            place = torch.arange(side)
-            hidden.append(((place >= first) & (place < first + self.size)).to(pixels.device))
+            inside = torch.arange(side) - torch.randint(side, (len(pixels), 1), generator=generator) + self.size // 2
+            hidden.append(((0 <= inside) & (inside < self.size)).to(pixels.device))
         return pixels.masked_fill((hidden[0][:, :, None] & hidden[1][:, None])[:, None], 0.0)
 
 # %% ../../nbs/1_data/06_augmentation.ipynb #c44a3912
@@ -199,7 +208,7 @@ class Compose:
             pixels = step(pixels, generator)
         return pixels
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #7ace85e7
+# %% ../../nbs/1_data/06_augmentation.ipynb #4fd52e81
 def mixup(
     pixels: Pixels,  # pictures
     targets: Int64[Tensor, "batch"],  # their classes
@@ -207,9 +216,10 @@ def mixup(
     alpha: float,  # of the Beta distribution: near 0 hardly any mixing, 1 any share alike
     generator: torch.Generator,  # where chance comes from
 ) -> tuple[Pixels, Float[Tensor, "batch classes"]]:  # pictures, soft targets
-    """Mix each picture with another one of the batch, and their targets in the same shares. [Zhang et al. 2018]
+    """Mix each picture and its target with a partner's, by a share of its own. [Zhang et al. 2018: one share a batch]
 
-    Raises `ValueError` for an alpha that is not positive, and for a class outside of `num_classes`."""
+    Partners are the batch in another order; on average one picture in a batch is its own. Raises `ValueError` for an
+    alpha that is not positive, and for a class outside of `num_classes`."""
     if not alpha > 0:
         raise ValueError(f"alpha of mixup is {alpha}; expected a number above 0")
     _check_classes(targets, num_classes)
@@ -219,14 +229,14 @@ def mixup(
     soft = F.one_hot(targets, num_classes).to(pixels)
     return torch.lerp(pixels[other], pixels, _spread(share)), torch.lerp(soft[other], soft, share[:, None])
 
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #be8a61a9
 def _check_classes(targets: Tensor, num_classes: int | None) -> None:
-    if num_classes is not None and not 0 <= targets.min() <= targets.max() < num_classes:
-        raise ValueError(f"targets from {targets.min()} to {targets.max()}; expected classes from 0 "
-                         f"to {num_classes - 1}, as num_classes is {num_classes}")
+    if targets.min() < 0 or (num_classes is not None and targets.max() >= num_classes):
+        expected = "0 on" if num_classes is None else f"0 to {num_classes - 1}, as num_classes is {num_classes}"
+        raise ValueError(f"targets from {targets.min()} to {targets.max()}; expected classes from {expected}")
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #d6dca50b
-def _check_set(pixels: Tensor, targets: Tensor, batch_size: int) -> None:
+# %% ../../nbs/1_data/06_augmentation.ipynb #da513186
+def _check_set(pixels: Tensor, targets: Tensor, batch_size: int, num_classes: int | None = None) -> None:
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.numel():
         raise ValueError(f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; expected at least one picture, as "
                          "torch.uint8 of shape (pictures, channels, height, width)")
@@ -235,8 +245,9 @@ def _check_set(pixels: Tensor, targets: Tensor, batch_size: int) -> None:
                          "integers, one for each picture")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    _check_classes(targets, num_classes)
 
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #4b70dc2c
 def _channel_constants(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "2 channels 1 1"]:
     channels = pixels.shape[1]
     if not {len(mean), len(std)} <= {1, channels} or not min(std) > 0:
@@ -245,12 +256,12 @@ def _channel_constants(pixels: Tensor, mean: Sequence[float], std: Sequence[floa
     rows = [torch.tensor([*row] * (channels // len(row)), device=pixels.device) for row in (mean, std)]
     return torch.stack(rows)[..., None, None]
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #511f214b
+# %% ../../nbs/1_data/06_augmentation.ipynb #94f4d0ad
 @lru_cache(maxsize=4)  # for speed: the order of an epoch can always be drawn again
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
-
+# %% ../../nbs/1_data/06_augmentation.ipynb #4d8a9b4e
 def _places(count: int, batch_size: int, seed: int, step: int) -> Int64[Tensor, "batch"]:
     """Which pictures make up the batch of a step. It may end one epoch and begin the next, or span several."""
     first, last = step * batch_size, (step + 1) * batch_size
@@ -258,7 +269,7 @@ def _places(count: int, batch_size: int, seed: int, step: int) -> Int64[Tensor, 
     row = np.concatenate([_order(count, seed, epoch) for epoch in epochs])
     return torch.from_numpy(row[first - epochs[0] * count:last - epochs[0] * count])
 
-# %% ../../nbs/1_data/06_augmentation.ipynb #e1bb53d8
+# %% ../../nbs/1_data/06_augmentation.ipynb #47d34504
 class PictureBatches:
     """Shuffled, augmented batches for training, without end; `batches[step]` is a pure function of seed and step.
 
@@ -278,10 +289,9 @@ class PictureBatches:
         num_classes: int | None = None,  # needed for `mixup`; targets are checked against it
     ) -> None:
         """Raises `ValueError` for an empty set, pictures and targets that do not fit, wrong types or classes."""
-        _check_set(pixels, targets, batch_size)
+        _check_set(pixels, targets, batch_size, num_classes)
         if not mixup >= 0 or (mixup and num_classes is None):
             raise ValueError(f"mixup is {mixup}, num_classes {num_classes}; expected 0, or more and how many classes")
-        _check_classes(targets, num_classes)
         self.pixels, self.targets, self.seed = pixels, targets.long(), seed
         self.augment, self.mixup, self.num_classes = augment, mixup, num_classes
         self.mean, self.std = _channel_constants(pixels, mean, std)
@@ -292,8 +302,7 @@ class PictureBatches:
         """Make the batch of one step: normalised pixels, and classes, or with `mixup` a share for each class."""
         if step < 0:
             raise IndexError(f"step is {step}; expected 0 or more")
-        mixed = np.random.SeedSequence([self.seed, step]).generate_state(1)  # two numbers mixed into one
-        generator = torch.Generator().manual_seed(int(mixed[0]))
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]))
         places = _places(len(self.pixels), self.batch_size, self.seed, step)
         pixels, targets = self.pixels[places].float().div_(255), self.targets[places]
         if self.augment:

@@ -43,7 +43,7 @@ def convolve(
     result = (rows @ columns).flatten(1, 2).unflatten(2, new)
     return result if bias is None else result + bias[:, None, None]
 
-# %% ../../nbs/2_models/04_convolution.ipynb #aa0e8a1a
+# %% ../../nbs/2_models/04_convolution.ipynb #33dd0107
 def _places(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """How many places a filter has along one side."""
     free = size + 2 * padding - dilation * (kernel - 1) - 1
@@ -62,8 +62,8 @@ def _check_groups(pixels: Tensor, weight: Tensor, groups: int) -> None:
 
 def _check_options(weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> None:
     if min(stride, dilation) < 1 or padding < 0:
-        raise ValueError(f"stride {stride}, dilation {dilation}, padding {padding}; expected the first two to be at least 1, "
-                         "and the padding at least 0")
+        raise ValueError(f"stride {stride}, dilation {dilation}, padding {padding}; expected the first two to be "
+                         "at least 1, and the padding at least 0")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"the bias has shape {tuple(bias.shape)}; expected {len(weight)} numbers, one for each filter")
 
@@ -109,14 +109,15 @@ def _window(layer: nn.Module) -> tuple[int, int, int]:
         raise ValueError(f"{layer} has unequal sides; expected a square window")
     return kernel[0], stride[0], dilation[0]
 
-# %% ../../nbs/2_models/04_convolution.ipynb #01a82fff
+# %% ../../nbs/2_models/04_convolution.ipynb #e3b58098
 def count_operations(
     model: nn.Module,  # stays as it is
     pixels: Tensor,  # a batch to run; on the meta device, together with the model, it costs nothing
 ) -> dict[str, int]:  # multiply-adds of each layer by its name, in the order of the forward pass
     """Count the multiply-adds of every `nn.Conv2d`, `nn.Linear` and `MultiHeadAttention`; adding a bias is not counted.
 
-    Layers of other kinds, such as `nn.Conv1d`, are left out. What papers call an operation is sometimes a multiply-add, and sometimes half of one."""
+    Layers of other kinds, such as `nn.Conv1d`, are left out. What papers call an operation is sometimes a multiply-add,
+    and sometimes half of one."""
     counts, hooks = Counter(), []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear | MultiHeadAttention):
