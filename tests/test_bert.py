@@ -266,8 +266,9 @@ def test_a_lone_encoder_has_the_weights_that_the_config_asks_for():
     assert 0.015 < encoder.token_embedding.weight.std() < 0.025
 
 
-@pytest.mark.parametrize("changes", [{"num_layers": 0}, {"padding": 99}, {"num_classes": 0}, {"num_classes": 2, "labels": ("one",)}, {"num_segments": 0},
-                                     {"num_classes": 2, "labels": ("twin", "twin")}])
+@pytest.mark.parametrize("changes", [
+    {"num_layers": 0}, {"padding": 99}, {"num_classes": 0}, {"num_segments": 0},
+    {"num_classes": 2, "labels": ("one",)}, {"num_classes": 2, "labels": ("twin", "twin")}])
 def test_nonsense_settings_are_refused(changes):
     with pytest.raises(ValueError):
         BertConfig(**vars(TINY) | changes)

@@ -239,7 +239,7 @@ def _load(kind: type, config: Any, stored: dict[str, Tensor], names: Names | Non
         if copy in stored and not torch.equal(stored[copy], stored.setdefault(first, stored[copy])):
             raise ValueError(f"{copy} and {first} differ, which by the config are one tensor; correct config.json")
         stored.pop(copy, None)
-    stored = {name: torch.tensor(0) for name in wanted if name.endswith("batches_tracked")} | stored  # old files lack it
+    stored = {name: torch.tensor(0) for name in wanted if name.endswith("batches_tracked")} | stored  # not in old files
     found = from_stored(stored, {name: tensor.shape for name, tensor in unique.items()}, names, model.ignored_tensors)
     for name, tensor in found.items():
         if tensor.is_floating_point() != unique[name].is_floating_point():
