@@ -19,13 +19,14 @@ from . import __version__
 
 # %% ../nbs/cli.ipynb #97cec23d
 _TEXT, _PICTURES = "Only for text", "Only for pictures"
+_Context = typer.Context.__base__  # what typer hands over is of the class beneath its own
 app = typer.Typer(help="Train, evaluate and run models of your own, on text and on pictures.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 # %% ../nbs/cli.ipynb #2b0d87a7
 @app.command("train")
 def _train(
-    context: typer.Context,
+    context: _Context,
     out: Annotated[Path, typer.Option(help="Folder for the run; made if need be.")],
     data: Annotated[str, typer.Option(
         help="A text file, a folder of .txt and .md files, or a built-in corpus: python-reference, "
@@ -87,12 +88,12 @@ _OPTIONS = {"text": {"data", "vocab_size", "context_length", "layers", "hidden_s
             "pictures": {"images", "model", "size", "flip", "skip_unreadable"}}
 
 
-def _given(context: typer.Context) -> set[str]:
+def _given(context: _Context) -> set[str]:
     """The options that were written on the command line."""
     return {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
 
 
-def _start(context: typer.Context) -> Any:
+def _start(context: _Context) -> Any:
     task = "text" if context.params["images"] is None else "pictures"
     for other, names in _OPTIONS.items():
         if other != task and (astray := sorted(_given(context) & names)):
@@ -110,7 +111,7 @@ def _start(context: typer.Context) -> Any:
     return start_run(context.params["out"], **options, **shape)
 
 
-def _resume(out: Path, context: typer.Context) -> Any:
+def _resume(out: Path, context: _Context) -> Any:
     from bigmodel.pipeline import resume_run, task_of
 
     if unheard := sorted(_given(context) - {"out", "resume"}):
@@ -161,6 +162,8 @@ def _task(run: Path) -> str:
     from bigmodel.pipeline import task_of
 
     if task := task_of(run):
+        if task not in _OPTIONS:
+            raise ValueError(f"{run / 'run.json'} has the task {task!r}; expected one of {', '.join(_OPTIONS)}")
         return task
     from bigmodel.applications.pictures import MODELS
 
@@ -268,10 +271,11 @@ def _progress(
     print(progress(folder))
 
 # %% ../nbs/cli.ipynb #45f91f52
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"bigmodel {__version__}")
         raise typer.Exit()
+    return wanted
 
 
 @app.callback()

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from .core import compact, pick_device, read_json, seed_everything, write_json
 from .data.batches import SequentialBatches, TokenBatches
@@ -44,7 +44,7 @@ class RunPlan:
     def load(
         cls,
         run: Path,  # the run's folder
-    ) -> Self:  # as it was saved
+    ) -> "RunPlan":  # of this class, as it was saved
         """Read the plan of a run.
 
         Raises `FileNotFoundError` when the folder holds none, `ValueError` for a damaged one or one of another task."""
