@@ -133,6 +133,8 @@ def _evaluate(
         help="Class folders to measure a classifier on; by default what the run held out.")] = None,
     out: Annotated[Path | None, typer.Option(
         help="Where to draw a classifier's confusion matrix; by default confusion.png in the run.")] = None,
+    skip_unreadable: Annotated[bool, typer.Option(
+        "--skip-unreadable", help="Leave out files in --images that are no readable pictures, and name them.")] = False,
 ) -> None:
     """Score a language model on text, beside n-grams and compressors; or a classifier, class by class.
 
@@ -147,7 +149,7 @@ def _evaluate(
         if value is not None and task != wanted:
             raise ValueError(f"--{option} is an option for {wanted}, and {run} is a run on {task}; leave it out")
     if task == "pictures":
-        return _evaluate_pictures(run, images, out)
+        return _evaluate_pictures(run, images, out, skip_unreadable)
     from bigmodel.pipeline import evaluate_run
 
     for line in evaluate_run(run, data):
@@ -170,7 +172,7 @@ def _task(run: Path) -> str:
     return "pictures" if read_json(run / "config.json").get("model_type") in MODELS else "text"
 
 # %% ../nbs/cli.ipynb #e1945ad1
-def _evaluate_pictures(run: Path, images: Path | None, out: Path | None) -> None:
+def _evaluate_pictures(run: Path, images: Path | None, out: Path | None, skip_unreadable: bool) -> None:
     from bigmodel.applications.pictures import PictureClassifier, PicturePlan, held_out_pictures
     from bigmodel.core import write_aside
     from bigmodel.data.folders import PictureFolder
@@ -180,7 +182,10 @@ def _evaluate_pictures(run: Path, images: Path | None, out: Path | None) -> None
     classifier = PictureClassifier.from_pretrained(run)
     if images is None and task_of(run) is None:
         raise ValueError(f"{run} was not made by bigmodel train, so nothing is held out; name pictures with --images")
-    found = held_out_pictures(run) if images is None else PictureFolder.find(images)
+    found = held_out_pictures(run) if images is None else PictureFolder.find(
+        images.expanduser(), unreadable="skip" if skip_unreadable else "raise")
+    if found.skipped:
+        print(found.describe())
     if task_of(run) and images and str(images.resolve()) == PicturePlan.load(run).images:
         warnings.warn("the model has learned from most of these pictures, so that the score flatters it", stacklevel=2)
     score = classifier.score(found)
@@ -293,5 +298,6 @@ def main() -> None:
         if os.environ.get("BIGMODEL_DEBUG"):
             raise
         kind = "" if isinstance(error, (ValueError, OSError, FloatingPointError)) else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split()).replace("unreadable='skip'", "--skip-unreadable")  # as it is said here
+        print(f"error: {kind}{message}", file=sys.stderr)
         sys.exit(1)
