@@ -59,7 +59,7 @@ def one_line_error(done: subprocess.CompletedProcess) -> str:
 def test_help_needs_no_torch():
     code = "import sys, bigmodel.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    for command in ("train", "evaluate", "generate", "progress"):
+    for command in ("train", "evaluate", "generate", "predict", "progress"):
         done = bigmodel(command, "--help")
         assert done.returncode == 0 and "Usage" in done.stdout
     assert "Examples" in bigmodel("train", "--help").stdout
