@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Int64, Num, UInt8
 from ..core import progress_bar, write_aside
 from ..models.boosting import BoostedStumps, Windows, boost, haar_features
 
-# %% ../../nbs/6_applications/01_faces.ipynb #c4a267ff
+# %% ../../nbs/6_applications/01_faces.ipynb #00d29d93
 def _is_flat(windows: Windows) -> np.ndarray:
     """Whether the grey levels vary so little, by 10 or less, that no detector looks at a window. [OpenCV]"""
     return windows.contrast <= 10 * (windows.size - 2) ** 2
@@ -43,6 +43,8 @@ class Cascade:
         flat, scores = _is_flat(windows), np.zeros(len(windows), np.float32)
         passed, alive = np.where(flat, -1, 0), np.flatnonzero(~flat)
         for stage in self.stages:
+            if not len(alive):
+                break
             scores[alive] = stage.scores(windows.keep(alive))
             alive = alive[scores[alive] >= 0]
             passed[alive] += 1
@@ -115,12 +117,15 @@ def pyramid(
             yield float(scale), _shrink(grey, *(round(float(length / scale)) for length in grey.shape))
         factor *= scale_factor
 
-# %% ../../nbs/6_applications/01_faces.ipynb #e7b2e932
-def _skip_neighbours(passed: np.ndarray) -> np.ndarray:
-    """Mark with -1 what OpenCV does not look at: the right neighbour of a window that the first stage refused."""
+# %% ../../nbs/6_applications/01_faces.ipynb #c218997f
+def _looked_at(passed: np.ndarray, high: int, step: int, stripes: int) -> np.ndarray:
+    """Mark with -1 what OpenCV does not look at: a window whose left neighbour the first stage refused, and rows that
+    are left over when the `high` rows of pixels are divided into stripes."""
     columns = np.arange(passed.shape[1])
     refused = columns - np.maximum.accumulate(np.where(passed == 0, -1, columns), axis=1)  # so many in a row, to here
-    return np.where(np.pad(refused, ((0, 0), (1, 0)))[:, :-1] % 2, -1, passed)
+    passed = np.where(np.pad(refused, ((0, 0), (1, 0)))[:, :-1] % 2, -1, passed)
+    passed[stripes * max(-(-(high // step) // stripes), 1):] = -1
+    return passed
 
 
 def find_windows(
@@ -130,16 +135,20 @@ def find_windows(
     min_size: int = 30,  # the smallest window, in pixels
 ) -> tuple[Int64[np.ndarray, "found 4"], Float32[np.ndarray, "found"]]:  # boxes (x, y, width, height); their scores
     """Find every window that passes all stages, exactly as OpenCV does before it groups them."""
-    boxes, scores = [np.zeros((0, 4))], [np.zeros(0, np.float32)]
+    boxes, scores, stripes = [np.zeros((0, 4))], [np.zeros(0, np.float32)], 0
     for scale, smaller in pyramid(grey, cascade.size, scale_factor, min_size):
         step, scale = 1 if scale >= 2 else 2, np.float32(scale)
+        high, wide = (length - cascade.size + 1 for length in smaller.shape)
+        stripes = stripes or -(-wide // 32)
         windows = Windows(smaller[None], cascade.size, step)
-        passed, score = cascade.passed(windows)
-        rows, columns = np.nonzero(_skip_neighbours(passed.reshape(windows.grid[1:])) == len(cascade.stages))
+        passed, score = (of_all.reshape(windows.grid[1:]) for of_all in cascade.passed(windows))
+        rows, columns = np.nonzero(_looked_at(passed, high, step, stripes) == len(cascade.stages))
         corners = (np.stack([columns, rows], 1) * step).astype(np.float32) * scale
         boxes.append(np.concatenate([corners, np.full_like(corners, cascade.size * scale)], 1).round())
-        scores.append(score.reshape(windows.grid[1:])[rows, columns])
-    return np.concatenate(boxes).astype(np.int64), np.concatenate(scores)
+        scores.append(score[rows, columns])
+    found = np.concatenate(boxes).astype(np.int64)
+    found[:, 2:] = np.minimum(found[:, 2:], grey.shape[::-1] - found[:, :2])  # none reaches over the edge
+    return found, np.concatenate(scores)
 
 # %% ../../nbs/6_applications/01_faces.ipynb #0759dfe5
 def iou(

@@ -58,11 +58,9 @@ def _contrast(pictures: np.ndarray, sums: np.ndarray, corners: np.ndarray, size:
     total, squares = (_sum(table, corners, pictures.shape[2] + 1, 1, 1, size - 2, size - 2) for table in tables)
     return np.sqrt(np.maximum((size - 2) ** 2 * squares - total.astype(np.float64) ** 2, 1))
 
-# %% ../../nbs/2_models/09_boosting.ipynb #3bf27911
+# %% ../../nbs/2_models/09_boosting.ipynb #3c7c59d1
 class Windows:
-    """Square windows in a stack of grey pictures of one size, ready for `haar_features`.
-
-    Raises `ValueError` when the pictures are smaller than one window."""
+    """Square windows in grey pictures of one size. Raises `ValueError` when these are smaller than a window."""
 
     def __init__(
         self,
