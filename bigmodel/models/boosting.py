@@ -147,14 +147,14 @@ class BoostedStumps:
             total += np.where(windows.values(feature[None])[0] < threshold, below, above)
         return total - (np.float32(self.threshold) - np.float32(1e-5))  # a grain of tolerance, as in OpenCV
 
-# %% ../../nbs/2_models/09_boosting.ipynb #f5b4dcf4
+# %% ../../nbs/2_models/09_boosting.ipynb #ed0770d6
 def boost(
     features: Float32[np.ndarray, "features 3 5"],  # to choose from
     values: Float32[np.ndarray, "features samples"],  # what they measure on the samples
     is_face: Bool[np.ndarray, "samples"],  # the answers
     rounds: int,  # how many stumps to take
     generator: np.random.Generator,  # draws the features that a round looks at
-    tries: int = 500,  # so many of them; the best one is taken
+    tries: int = 300,  # so many of them; the best one is taken
 ) -> BoostedStumps:  # the committee
     """Take stump after stump, each the best on samples weighted by how wrong those before it were: AdaBoost.
 
