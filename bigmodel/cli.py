@@ -179,11 +179,11 @@ def _evaluate_pictures(run: Path, images: Path | None, out: Path | None, skip_un
     from bigmodel.evaluation.classification import plot_confusion, write_report
     from bigmodel.pipeline import task_of
 
-    classifier = PictureClassifier.from_pretrained(run)
+    classifier, images = PictureClassifier.from_pretrained(run), images and images.expanduser()
     if images is None and task_of(run) is None:
         raise ValueError(f"{run} was not made by bigmodel train, so nothing is held out; name pictures with --images")
     found = held_out_pictures(run) if images is None else PictureFolder.find(
-        images.expanduser(), unreadable="skip" if skip_unreadable else "raise")
+        images, unreadable="skip" if skip_unreadable else "raise")
     if found.skipped:
         print(found.describe())
     if task_of(run) and images and str(images.resolve()) == PicturePlan.load(run).images:

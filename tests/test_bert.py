@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import bigmodel.models.attention as attention
 import bigmodel.models.bert as bert
 from bigmodel.core import read_json, write_json
 from bigmodel.models.bert import (
@@ -297,7 +298,7 @@ def broken(monkeypatch, how):
                  if isinstance(entry, bert.Joined) else entry for name, entry in bert._NAMES.items()}
         monkeypatch.setattr(bert, "_NAMES", names)
     elif how == "exact gelu":
-        monkeypatch.setitem(bert._ACTIVATIONS, "gelu_new", "gelu")
+        monkeypatch.setitem(attention._OTHER_NAMES, "gelu_new", "gelu")
 
 
 @pytest.mark.parametrize("how", ["no segments", "norm first", "causal", "query and key swapped", "exact gelu"])

@@ -374,6 +374,10 @@ def test_unreadable_files_are_skipped_by_name_on_request(how, images, tmp_path, 
                           "--size", "16", "--skip-unreadable")
     assert status == 0 and "skipped    1 file" in out and "red/0." in out
     assert resume_pictures(tmp_path / "run").plan.skip_unreadable
+    status, _, said = call(monkeypatch, capsys, "evaluate", tmp_path / "run", "--images", folder)
+    assert status == 1 and "red/0." in said and "--skip-unreadable" in said and "unreadable=" not in said
+    status, out, _ = call(monkeypatch, capsys, "evaluate", tmp_path / "run", "--images", folder, "--skip-unreadable")
+    assert status == 0 and "1 skipped" in out and "red/0." in out and "accuracy" in out
 
 
 def test_settings_out_of_range(images, tmp_path, run, monkeypatch, capsys):

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..core import COLORS, progress_bar
-from .language import evaluating
+from ..core import COLORS, evaluating, progress_bar
 
 # %% ../../nbs/4_evaluation/02_classification.ipynb #87865cb5
 def predict(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .language import evaluating
+from ..core import evaluating
 
 # %% ../../nbs/4_evaluation/03_saliency.ipynb #19996a62
 def grad_cam(

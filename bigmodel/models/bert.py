@@ -6,7 +6,7 @@
 __all__ = ['BertConfig', 'BertEncoder', 'Bert', 'BertForMaskedLM', 'BertForTokenClassification', 'BertForSequenceClassification',
            'BertForQuestionAnswering']
 
-# %% ../../nbs/2_models/08_bert.ipynb #907f3f25
+# %% ../../nbs/2_models/08_bert.ipynb #882cc447
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .attention import ACTIVATIONS, TransformerBlock
+from .attention import ACTIVATIONS, TransformerBlock, read_activation
 from .checkpoint import Joined, Pretrained, read_labels, read_settings, write_labels
 
-# %% ../../nbs/2_models/08_bert.ipynb #fed70a95
+# %% ../../nbs/2_models/08_bert.ipynb #3bc6449f
 _FIELDS = {  # ours -> BertConfig's
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "inner_size": "intermediate_size",
@@ -28,12 +28,11 @@ _FIELDS = {  # ours -> BertConfig's
     "initializer_range": "initializer_range",
 }
 _KINDS = {"bert": False, "megatron-bert": True}  # model_type -> norm_first
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 _REQUIRED = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 _IGNORED = ("directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head "
             "pooler_type cls_token_id mask_token_id").split()
 
-# %% ../../nbs/2_models/08_bert.ipynb #bae1f44c
+# %% ../../nbs/2_models/08_bert.ipynb #13a60478
 @dataclass(frozen=True)
 class BertConfig:
     """The settings of a BERT. The defaults are those of BERT base, uncased. [Devlin et al. 2019]"""
@@ -79,7 +78,7 @@ class BertConfig:
         fields = read_settings(settings, _FIELDS, _REQUIRED, _IGNORED)
         if (kind := settings.get("model_type", "bert")) not in _KINDS:
             raise ValueError(f"config.json has model_type = {kind!r}; expected one of {', '.join(_KINDS)}")
-        fields["activation"] = _ACTIVATIONS.get(name := fields.get("activation", "gelu"), name)
+        fields["activation"] = read_activation(settings, "hidden_act", "gelu")
         return cls(**fields, norm_first=_KINDS[kind], **read_labels(settings))
 
     def to_huggingface(self) -> dict[str, Any]:  # the content of config.json

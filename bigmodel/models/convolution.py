@@ -9,7 +9,6 @@ __all__ = ['convolve', 'ReceptiveField', 'receptive_field', 'count_operations', 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import evaluating
 from .attention import MultiHeadAttention
 
 # %% ../../nbs/2_models/04_convolution.ipynb #f0e721a4
@@ -123,7 +123,7 @@ def count_operations(
         if isinstance(layer, nn.Conv2d | nn.Linear | MultiHeadAttention):
             hooks.append(layer.register_forward_hook(_counter(counts, name)))
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model(pixels)
     finally:
         for hook in hooks:
@@ -140,18 +140,6 @@ def _counter(counts: Counter, name: str) -> Callable[[nn.Module, tuple, Tensor],
 
     return hook
 
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for a while; each module then has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../../nbs/2_models/04_convolution.ipynb #9465f421
 def fold_norm(
@@ -196,7 +184,7 @@ def fold_norms(
 
 # %% ../../nbs/2_models/04_convolution.ipynb #31faca16
 def _compare(model: nn.Module, folded: nn.Module, pixels: Tensor) -> None:
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model):
         before, after = model(pixels), folded(pixels)
     difference, limit = (after - before).abs().max(), 1e-3 * before.abs().max().clamp(min=1)
     if not difference <= limit:  # NaN too

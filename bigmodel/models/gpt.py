@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .attention import ACTIVATIONS, KVCache, TransformerBlock
+from .attention import ACTIVATIONS, KVCache, TransformerBlock, read_activation
 from .checkpoint import Pretrained, Transposed, read_settings
 
 # %% ../../nbs/2_models/02_gpt.ipynb #08f9597a
@@ -247,7 +247,6 @@ _FIELDS = {  # ours -> GPT2Config's
     "end_of_text": "eos_token_id",
 }
 _DEFAULTS = {"dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1}  # GPT2Config's, where not ours
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"}
 _REQUIRED = {"model_type": "gpt2", "add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": {}}
 _IGNORED = ("summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
             "reorder_and_upcast_attn is_decoder").split()  # the same numbers in float32
@@ -255,10 +254,7 @@ _IGNORED = ("summary_type summary_use_proj summary_activation summary_proj_to_la
 # %% ../../nbs/2_models/02_gpt.ipynb #3a134fb5
 def _from_huggingface(cls: type, settings: Mapping[str, Any]) -> GPTConfig:
     fields = _DEFAULTS | read_settings(settings, _FIELDS, _REQUIRED, _IGNORED)
-    fields["activation"] = _ACTIVATIONS.get(name := fields.get("activation", "gelu_new"), name)
-    if fields["activation"] not in ACTIVATIONS:
-        raise ValueError(f"config.json has activation_function = {name!r}, which this model cannot represent; "
-                         f"expected one of {', '.join([*ACTIVATIONS, *_ACTIVATIONS])}")
+    fields["activation"] = read_activation(settings, "activation_function", "gelu_new")
     if not 0 <= (fields.get("end_of_text") or 0) < fields.get("vocab_size", 50257):
         fields["end_of_text"] = None  # GPT2Config's default of 50256, left standing beside a smaller vocabulary
     return cls(**fields)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import ACTIVATIONS
+from .attention import ACTIVATIONS, read_activation
 from .checkpoint import Pretrained, read_labels, read_settings, write_labels
 
 # %% ../../nbs/2_models/06_resnet.ipynb #0e42b8ee
@@ -298,14 +298,13 @@ _FIELDS = {  # ours -> transformers'
     "stage_channels": "hidden_sizes", "depths": "depths", "block": "layer_type", "stem_channels": "embedding_size",
     "activation": "hidden_act", "num_channels": "num_channels", **{flag: flag for flag in _FLAGS},
 }
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 _IGNORED = ("out_features", "out_indices", "stage_names")  # which feature maps a detector would take
 
 
 def _from_huggingface(cls: type, settings: Mapping[str, Any]) -> ResNetConfig:
     fields = read_settings(settings, _FIELDS, {"model_type": "resnet"}, _IGNORED) | read_labels(settings)
     fields = {field: tuple(value) if isinstance(value, list) else value for field, value in fields.items()}
-    fields["activation"] = _ACTIVATIONS.get(name := fields.get("activation", "relu"), name)
+    fields["activation"] = read_activation(settings, "hidden_act", "relu")
     return cls(**fields)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import ACTIVATIONS, MultiHeadAttention, TransformerBlock
+from .attention import ACTIVATIONS, MultiHeadAttention, TransformerBlock, read_activation
 from .checkpoint import Joined, Pretrained, read_labels, read_settings, write_labels
 
 # %% ../../nbs/2_models/07_vit.ipynb #6f005bab
@@ -247,7 +247,6 @@ _FIELDS = {  # ours -> transformers'
     "norm_epsilon": "layer_norm_eps", "qkv_bias": "qkv_bias", "num_channels": "num_channels",
     "initializer_range": "initializer_range",
 }
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"}
 _IGNORED = ("encoder_stride", "pooler_act", "pooler_output_size")  # of layers that other tasks add
 
 # %% ../../nbs/2_models/07_vit.ipynb #7d6cf87c
@@ -259,10 +258,7 @@ def _from_huggingface(cls: type, settings: Mapping[str, Any]) -> ViTConfig:
                 raise ValueError(f"config.json has {field} = {pair!r}, which this model cannot represent; "
                                  "expected one number, or two that are equal")
             fields[field] = pair[0]
-    fields["activation"] = _ACTIVATIONS.get(name := fields.get("activation", "gelu"), name)
-    if fields["activation"] not in ACTIVATIONS:
-        raise ValueError(f"config.json has hidden_act = {name!r}, which this model cannot represent; "
-                         f"expected one of {', '.join([*ACTIVATIONS, *_ACTIVATIONS])}")
+    fields["activation"] = read_activation(settings, "hidden_act", "gelu")
     if fields["inner_size"] == 4 * fields.get("hidden_size", 768):
         fields["inner_size"] = None
     return cls(**fields | read_labels(settings))
