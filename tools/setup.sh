@@ -66,7 +66,7 @@ if [ ! -e "$venv" ]; then
 fi
 say "2 of 3: PyTorch"
 install_torch
-say "3 of 3: bigmodel and what its lessons, server and tests use (about 230 MB)"
+say "3 of 3: bigmodel and what its lessons, server and tests use (about 390 MB)"
 pip install --constraint constraints.txt --editable ".[all]"
 "$python" -c "import bigmodel, torch, transformers, jupyterlab" || fail "the installation is not whole; run the same command again"
 rm -f "$unfinished"
