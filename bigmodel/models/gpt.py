@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPT2_SIZES', 'GPT3_SIZES', 'GPTConfig', 'GPT']
 
-# %% ../../nbs/2_models/02_gpt.ipynb #926c12bc
+# %% ../../nbs/2_models/02_gpt.ipynb #a1f83cac
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -237,7 +237,7 @@ GPT.tensor_names = {  # our name -> GPT-2's; its projections are stored input-fi
     "head.weight": "lm_head.weight",
 }
 
-# %% ../../nbs/2_models/02_gpt.ipynb #3b04c382
+# %% ../../nbs/2_models/02_gpt.ipynb #ad5bda4c
 _FIELDS = {  # ours -> GPT2Config's
     "vocab_size": "vocab_size", "context_length": "n_positions", "hidden_size": "n_embd", "num_layers": "n_layer",
     "num_heads": "n_head", "inner_size": "n_inner", "activation": "activation_function", "dropout": "resid_pdrop",
@@ -251,7 +251,7 @@ _REQUIRED = {"model_type": "gpt2", "add_cross_attention": False, "is_encoder_dec
 _IGNORED = ("summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
             "reorder_and_upcast_attn is_decoder").split()  # the same numbers in float32
 
-# %% ../../nbs/2_models/02_gpt.ipynb #3a134fb5
+# %% ../../nbs/2_models/02_gpt.ipynb #75c371c2
 def _from_huggingface(cls: type, settings: Mapping[str, Any]) -> GPTConfig:
     fields = _DEFAULTS | read_settings(settings, _FIELDS, _REQUIRED, _IGNORED)
     fields["activation"] = read_activation(settings, "activation_function", "gelu_new")

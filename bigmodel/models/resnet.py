@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['basic_path', 'ResidualBlock', 'bottleneck_path', 'ResNetConfig', 'ResNet', 'torchvision_names']
 
-# %% ../../nbs/2_models/06_resnet.ipynb #d17af2e7
+# %% ../../nbs/2_models/06_resnet.ipynb #0b5d7a0b
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -293,7 +293,7 @@ def torchvision_names(
                 names |= _pairs(f"{ours}.path.{place}", f"{theirs}.conv{place + 1}", f"{theirs}.bn{place + 1}")
     return names
 
-# %% ../../nbs/2_models/06_resnet.ipynb #37a4a65d
+# %% ../../nbs/2_models/06_resnet.ipynb #d10d1866
 _FIELDS = {  # ours -> transformers'
     "stage_channels": "hidden_sizes", "depths": "depths", "block": "layer_type", "stem_channels": "embedding_size",
     "activation": "hidden_act", "num_channels": "num_channels", **{flag: flag for flag in _FLAGS},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resize_positions', 'ViTConfig', 'ViT', 'attention_maps', 'attention_rollout']
 
-# %% ../../nbs/2_models/07_vit.ipynb #32ca4341
+# %% ../../nbs/2_models/07_vit.ipynb #fa47cfa7
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,7 +132,7 @@ def _check_config(config: ViTConfig) -> None:
             raise ValueError(f"{field} is {value!r}; expected a positive number")
     write_labels(config.num_classes, config.labels)  # complains when they do not match
 
-# %% ../../nbs/2_models/07_vit.ipynb #e84b33f2
+# %% ../../nbs/2_models/07_vit.ipynb #07cd8c94
 class ViT(Pretrained, nn.Module):
     """A transformer encoder over the patches of a picture. [Dosovitskiy et al. 2021]
 
@@ -239,7 +239,7 @@ ViT.tensor_names = {  # our name -> transformers', whose query, key and value ar
        for part in ("weight", "bias")},
 }
 
-# %% ../../nbs/2_models/07_vit.ipynb #12ca4bd4
+# %% ../../nbs/2_models/07_vit.ipynb #de8eefd0
 _FIELDS = {  # ours -> transformers'
     "image_size": "image_size", "patch_size": "patch_size", "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "inner_size": "intermediate_size",
@@ -249,7 +249,7 @@ _FIELDS = {  # ours -> transformers'
 }
 _IGNORED = ("encoder_stride", "pooler_act", "pooler_output_size")  # of layers that other tasks add
 
-# %% ../../nbs/2_models/07_vit.ipynb #7d6cf87c
+# %% ../../nbs/2_models/07_vit.ipynb #9ce7146d
 def _from_huggingface(cls: type, settings: Mapping[str, Any]) -> ViTConfig:
     fields = {"inner_size": 3072} | read_settings(settings, _FIELDS, {"model_type": "vit"}, _IGNORED)
     for field in ("image_size", "patch_size"):
